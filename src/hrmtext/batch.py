@@ -1,0 +1,188 @@
+"""Packed batches: rows of different length in one token stream, and who sees whom in it.
+
+Letters: T tokens of the stream, R rows.
+
+The mask rule of the whole project: query i sees key j of its own row if j <= i, or if both lie in
+the same bidirectional block. It is held as one integer a token, `visible_end`: key j of the same
+row is seen if and only if j < visible_end[i], both counted from the start of the row. A
+pretraining row has one block, its prompt; a chat row has one per user turn.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from hrmtext.errors import DataError
+
+IGNORE = -100
+"""Label of a token that bears no loss."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RowLayout:
+    """What attention needs to know of a packed stream; lengths are plain ints, known on the host.
+
+    `sum(lengths)` may be below T: the tokens behind the last row are padding that attends nothing.
+    """
+
+    num_tokens: int
+    """T, padding behind the last row included."""
+    lengths: tuple[int, ...]
+    """(R) tokens of each row."""
+    visible_end: torch.Tensor
+    """(T) int64 on the CPU: from the row's start, the first position that token t does not see."""
+
+    @classmethod
+    def from_prefixes(
+        cls, lengths: Sequence[int], prefix_lengths: Sequence[int], num_tokens: int | None = None
+    ) -> RowLayout:
+        """Rows with one bidirectional block each, at their start.
+
+        Args:
+            lengths: (R) tokens of each row.
+            prefix_lengths: (R) tokens of each row's prompt; 0 makes the row causal.
+            num_tokens: T, where the stream is padded; default: no padding.
+
+        Raises:
+            DataError: a prefix longer than its row, an empty row, or more tokens than T.
+        """
+        lengths, prefix_lengths = tuple(map(int, lengths)), tuple(map(int, prefix_lengths))
+        used = sum(lengths)
+        num_tokens = used if num_tokens is None else num_tokens
+        if len(lengths) != len(prefix_lengths):
+            raise DataError(f"{len(lengths)} row lengths but {len(prefix_lengths)} prefix lengths")
+        if used > num_tokens:
+            raise DataError(f"rows have {used} tokens, but the stream only {num_tokens}")
+        for row, (length, prefix) in enumerate(zip(lengths, prefix_lengths, strict=True)):
+            if length < 1 or not 0 <= prefix <= length:
+                raise DataError(
+                    f"row {row}: length {length} and prefix length {prefix}; expected "
+                    "1 <= length and 0 <= prefix <= length"
+                )
+        visible_end = torch.zeros(num_tokens, dtype=torch.int64)
+        row_of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
+        starts = torch.tensor((0, *lengths)).cumsum(0)[:-1]
+        position = torch.arange(used) - starts[row_of]
+        visible_end[:used] = torch.maximum(position + 1, torch.tensor(prefix_lengths)[row_of])
+        return cls(num_tokens=num_tokens, lengths=lengths, visible_end=visible_end)
+
+    @property
+    def num_padding(self) -> int:
+        """Tokens behind the last row."""
+        return self.num_tokens - sum(self.lengths)
+
+    def starts(self) -> list[int]:
+        """(R) stream index of each row's first token."""
+        starts, at = [], 0
+        for length in self.lengths:
+            starts.append(at)
+            at += length
+        return starts
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PackedBatch:
+    """Rows of different length in one token stream, for training and scoring.
+
+    Rows hold the inputs only: a row of n tokens (prompt and response) gives n-1 inputs, and
+    `labels[t]` is the token after `tokens[t]`, or IGNORE where that token is not supervised.
+    """
+
+    tokens: torch.Tensor
+    """(T) int64."""
+    labels: torch.Tensor
+    """(T) int64; IGNORE on prompt tokens but the last, and on padding."""
+    positions: torch.Tensor
+    """(T) int64, restarting at 0 in every row."""
+    layout: RowLayout
+    row_ids: tuple[int, ...] = ()
+    """(R) index of each row in its data set, where it came from one."""
+
+    @classmethod
+    def from_rows(
+        cls,
+        rows: Sequence[tuple[Sequence[int], Sequence[int]]],
+        *,
+        num_tokens: int | None = None,
+        pad_token: int = 0,
+        prefix_lm: bool = True,
+        row_ids: Sequence[int] = (),
+    ) -> PackedBatch:
+        """Pack (prompt tokens, response tokens) pairs.
+
+        Args:
+            rows: the prompt ends with its end token, the response with its own.
+            num_tokens: T, to pad the stream to a fixed size; default: no padding.
+            prefix_lm: False makes every row causal.
+
+        Raises:
+            DataError: an empty prompt or response, or more tokens than `num_tokens`.
+        """
+        tokens: list[int] = []
+        labels: list[int] = []
+        lengths, prefixes = [], []
+        for index, (prompt, response) in enumerate(rows):
+            if not len(prompt) or not len(response):
+                raise DataError(
+                    f"row {index}: {len(prompt)} prompt and {len(response)} response tokens; "
+                    "expected at least one of each"
+                )
+            tokens += [*prompt, *response[:-1]]
+            labels += [IGNORE] * (len(prompt) - 1) + list(response)
+            lengths.append(len(prompt) + len(response) - 1)
+            prefixes.append(len(prompt) if prefix_lm else 0)
+        layout = RowLayout.from_prefixes(lengths, prefixes, num_tokens)
+        padding = layout.num_padding
+        positions = [torch.arange(length) for length in lengths] + [torch.arange(padding)]
+        return cls(
+            tokens=torch.tensor(tokens + [pad_token] * padding, dtype=torch.int64),
+            labels=torch.tensor(labels + [IGNORE] * padding, dtype=torch.int64),
+            positions=torch.cat(positions),
+            layout=layout,
+            row_ids=tuple(row_ids),
+        )
+
+    def to(self, device: torch.device | str) -> PackedBatch:
+        """The batch with its tensors on `device`; the layout stays on the host."""
+        return dataclasses.replace(
+            self,
+            tokens=self.tokens.to(device, non_blocking=True),
+            labels=self.labels.to(device, non_blocking=True),
+            positions=self.positions.to(device, non_blocking=True),
+        )
+
+    def supervised(self) -> torch.Tensor:
+        """(N) stream indices of the tokens that bear loss."""
+        return (self.labels != IGNORE).nonzero().squeeze(1)
+
+    def validate(self, vocab_size: int) -> None:
+        """Check shapes, ranges and the layout.
+
+        Raises:
+            DataError: anything a model would silently compute nonsense from.
+        """
+        count = self.layout.num_tokens
+        for name in ("tokens", "labels", "positions"):
+            tensor: torch.Tensor = getattr(self, name)
+            if tensor.shape != (count,) or tensor.dtype != torch.int64:
+                raise DataError(
+                    f"batch.{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, "
+                    f"expected torch.int64 of shape ({count},)"
+                )
+        if self.tokens.numel() and not 0 <= int(self.tokens.min()) <= int(self.tokens.max()) < vocab_size:
+            raise DataError(
+                f"batch.tokens range from {int(self.tokens.min())} to {int(self.tokens.max())}, "
+                f"expected 0 to {vocab_size - 1}: was the data tokenised for another vocabulary?"
+            )
+        labels = self.labels[self.labels != IGNORE]
+        if labels.numel() and not 0 <= int(labels.min()) <= int(labels.max()) < vocab_size:
+            raise DataError(f"batch.labels leave the vocabulary 0 to {vocab_size - 1}")
+        for start, length in zip(self.layout.starts(), self.layout.lengths, strict=True):
+            if not torch.equal(self.positions[start : start + length].cpu(), torch.arange(length)):
+                raise DataError(f"positions of the row at {start} do not count from 0")
+            ends = self.layout.visible_end[start : start + length]
+            if bool((ends <= torch.arange(length)).any()) or int(ends.max()) > length:
+                raise DataError(f"visible_end of the row at {start} leaves the row or hides a token from itself")

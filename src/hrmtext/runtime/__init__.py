@@ -1,0 +1,1 @@
+"""Device and dtype choice, keyed random numbers, atomic files, logging, distributed helpers."""
