@@ -42,12 +42,8 @@ def build(cls: type[T], values: Mapping[str, Any], where: str) -> T:
     try:
         return cls(**values)
     except pydantic.ValidationError as error:
-        lines = [
-            f"  {'.'.join(str(part) for part in issue['loc']) or cls.__name__}: "
-            f"{issue['msg']} (got {issue['input']!r})"
-            for issue in error.errors()
-        ]
-        raise ConfigError(f"{where}: invalid configuration\n" + "\n".join(lines)) from None
+        lines = "\n".join(f"  {_describe(issue)}" for issue in error.errors())
+        raise ConfigError(f"{where}: invalid configuration\n{lines}") from None
 
 
 def to_mapping(config: Any) -> dict[str, Any]:
@@ -108,6 +104,14 @@ def nearest(word: str, options: Sequence[str]) -> str:
     if close:
         return f"; perhaps you meant {close[0]!r}"
     return f"; known: {', '.join(sorted(options))}"
+
+
+def _describe(issue: Any) -> str:
+    own = issue.get("ctx", {}).get("error")
+    if own is not None:  # raised by the class itself, which names the field
+        return str(own)
+    place = ".".join(str(part) for part in issue["loc"])
+    return f"{place}: {issue['msg']} (got {issue['input']!r})"
 
 
 def _refuse_unknown_keys(cls: type, values: Mapping[str, Any], where: str, prefix: str) -> None:

@@ -1,0 +1,148 @@
+"""Packed attention through torch's scaled_dot_product_attention, on the CPU and any GPU.
+
+Rows of similar length are gathered into small padded groups, only inside the attention call: the
+matrix products of the model never see padding. The index tensors and masks are built once a
+micro-batch.
+
+Letters: T tokens of the stream, R rows of a group, S its longest row, N heads, K head width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from hrmtext.batch import RowLayout
+
+MAX_MASK_ELEMENTS = 1 << 24
+"""Rows of a group times S squared stay below this, so that a mask stays below 64 MiB in fp32."""
+MAX_WASTE = 1.3
+"""A group's longest row is at most this many times its shortest, unless the group is tiny."""
+TINY_GROUP_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Rows of similar length, padded to the longest."""
+
+    num_rows: int
+    num_columns: int
+    mask: torch.Tensor | None
+    """(R, 1, S, S) additive, or None where every query sees every key."""
+
+
+class SdpaPlan:
+    """Groups of padded rows, and the way from the stream to them and back."""
+
+    def __init__(self, layout: RowLayout, device: torch.device, dtype: torch.dtype) -> None:
+        starts = np.asarray(layout.starts(), dtype=np.int64)
+        visible_end = layout.visible_end.numpy()
+        groups, gathers = [], []
+        back = np.zeros(layout.num_tokens, dtype=np.int64)
+        base = 0
+        for rows in group_rows(layout.lengths):
+            lengths = np.asarray([layout.lengths[row] for row in rows], dtype=np.int64)
+            columns = np.arange(int(lengths.max()))
+            real = columns < lengths[:, None]  # (R, S)
+            # A padded slot repeats the row's first token; real queries never see it as a key.
+            gather = starts[rows][:, None] + np.where(real, columns, 0)  # (R, S)
+            ends = np.where(real, visible_end[gather], lengths[:, None])  # (R, S)
+            groups.append(Group(len(rows), len(columns), _additive_mask(ends, dtype, device)))
+            gathers.append(gather.ravel())
+            back[gather[real]] = base + np.flatnonzero(real)
+            base += gather.size
+        self.groups = groups
+        self.num_padding = layout.num_padding
+        gather = np.concatenate(gathers) if gathers else np.zeros(0, dtype=np.int64)
+        self.gather = torch.from_numpy(gather).to(device)  # (sum R*S)
+        self.back = torch.from_numpy(back).to(device)  # (T)
+        slots = np.zeros(gather.size, dtype=bool)
+        slots[back[: layout.num_tokens - layout.num_padding]] = True
+        self.is_real = torch.from_numpy(slots).to(device)[:, None, None]  # (sum R*S, 1, 1)
+
+    @torch.compiler.disable
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot: int) -> torch.Tensor:
+        """(T, N, K) each -> (T, N, K)."""
+        del slot
+        padded = [_ToGroups.apply(x, self) for x in (q, k, v)]
+        outputs = []
+        at = 0
+        for group in self.groups:
+            size = group.num_rows * group.num_columns
+            shape = (group.num_rows, group.num_columns, *q.shape[1:])
+            gq, gk, gv = (x[at : at + size].view(shape).transpose(1, 2) for x in padded)
+            out = scaled_dot_product_attention(gq, gk, gv, attn_mask=group.mask)  # (R, N, S, K)
+            outputs.append(out.transpose(1, 2).reshape(size, *q.shape[1:]))
+            at += size
+        joined = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
+        return _FromGroups.apply(joined, self)  # (T, N, K)
+
+    def to_groups(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, N, K) -> (sum R*S, N, K); padded slots hold a copy of some real token."""
+        return x.index_select(0, self.gather)
+
+    def from_groups(self, x: torch.Tensor) -> torch.Tensor:
+        """(sum R*S, N, K) -> (T, N, K), zeros behind the last row."""
+        stream = x.index_select(0, self.back)
+        if self.num_padding:
+            stream[-self.num_padding :] = 0
+        return stream
+
+
+def group_rows(lengths: tuple[int, ...]) -> list[np.ndarray]:
+    """Row indices by group: longest rows first, each group within MAX_WASTE and the mask limit."""
+    order = np.argsort(np.asarray(lengths), kind="stable")[::-1]
+    groups: list[np.ndarray] = []
+    start = 0
+    for at in range(1, len(order) + 1):
+        if at < len(order):
+            longest = lengths[order[start]]
+            shortest = lengths[order[at]]
+            fits = (at - start + 1) * longest**2 <= MAX_MASK_ELEMENTS
+            alike = longest <= MAX_WASTE * shortest
+            tiny = (at - start) * longest < TINY_GROUP_TOKENS
+            if fits and (alike or tiny):
+                continue
+        groups.append(order[start:at])
+        start = at
+    return groups
+
+
+def _additive_mask(
+    ends: np.ndarray, dtype: torch.dtype, device: torch.device
+) -> torch.Tensor | None:
+    seen = torch.from_numpy(np.arange(ends.shape[1]) < ends[:, :, None])  # (R, S, S)
+    if bool(seen.all()):
+        return None
+    mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
+    return mask[:, None].to(device)  # (R, 1, S, S)
+
+
+class _ToGroups(torch.autograd.Function):
+    """Stream -> groups. Both directions are gathers, as no token is used twice for real."""
+
+    @staticmethod
+    def forward(ctx, x, plan):
+        ctx.plan = plan
+        return plan.to_groups(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # Padded slots receive no gradient: masked as keys, their outputs unused as queries.
+        return ctx.plan.from_groups(grad), None
+
+
+class _FromGroups(torch.autograd.Function):
+    """Groups -> stream, the inverse of `_ToGroups`."""
+
+    @staticmethod
+    def forward(ctx, x, plan):
+        ctx.plan = plan
+        return plan.from_groups(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.plan.to_groups(grad) * ctx.plan.is_real, None

@@ -1,0 +1,116 @@
+"""The hierarchical recurrence and the language model around it.
+
+Letters: T tokens of a packed stream, D hidden size, V vocabulary, S selected tokens.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from hrmtext.config.model import ModelConfig
+from hrmtext.errors import ConfigError
+from hrmtext.model.attention import AttentionPlan
+from hrmtext.model.depth import Depth
+from hrmtext.model.layers import Stack, rotary_tables
+
+
+class Recurrence(nn.Module):
+    """Embedding, the two stacks, and their calls: L_cycles times L, then H, H_cycles times over."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.H_module = Stack(config)
+        self.L_module = Stack(config)
+        # The start of z_L: drawn once, never trained, saved with the weights.
+        self.register_buffer("z_L_init", torch.zeros(config.hidden_size))
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        plan: AttentionPlan,
+        depth: Depth | None = None,
+    ) -> list[torch.Tensor]:
+        """z_H after every H cycle.
+
+        Args:
+            tokens: (T) int64. positions: (T) int64, from 0 in every row.
+            depth: cycles to run and which calls carry gradient; None: as configured, all of them.
+
+        Returns:
+            One (T, D) tensor a cycle, the last being the output.
+        """
+        config = self.config
+        depth = depth or Depth.full(config)
+        if depth.H_cycles > config.H_cycles or depth.L_cycles > config.L_cycles:
+            raise ConfigError(
+                f"depth asks for {depth.H_cycles} x {depth.L_cycles} cycles, but the KV slots of "
+                f"this model are for at most {config.H_cycles} x {config.L_cycles}"
+            )
+        z_H = self.embed_tokens(tokens) * config.scale  # (T, D)
+        z_L = self.z_L_init.to(z_H.dtype).expand_as(z_H)  # (T, D)
+        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, z_H.dtype)
+        flags = iter(depth.carries_gradient)
+        grad_enabled = torch.is_grad_enabled()
+        states = []
+        for h in range(depth.H_cycles):
+            for call in range(depth.L_cycles):
+                with torch.set_grad_enabled(grad_enabled and next(flags)):
+                    z_L = self.L_module(z_L + z_H, cos, sin, plan, config.slot(h, call, 0))
+            with torch.set_grad_enabled(grad_enabled and next(flags)):
+                slot = config.slot(h, config.L_cycles, 0)
+                z_H = self.H_module(z_H + z_L, cos, sin, plan, slot)
+            states.append(z_H)
+        return states
+
+
+@dataclasses.dataclass(frozen=True)
+class LMOutput:
+    """What a forward pass gives."""
+
+    logits: torch.Tensor
+    """(S, V) of the selected tokens, (T, V) where none were selected; in the weights' dtype."""
+    states: list[torch.Tensor]
+    """z_H after every H cycle, (T, D) each."""
+
+
+class HrmLM(nn.Module):
+    """HRM-Text: recurrence and untied head. A plain single-device module over packed rows.
+
+    Parameter names and shapes are those of the released checkpoint (its fused layout).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Recurrence(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        plan: AttentionPlan,
+        *,
+        depth: Depth | None = None,
+        select: torch.Tensor | None = None,
+    ) -> LMOutput:
+        """Logits of a packed stream.
+
+        Args:
+            tokens: (T) int64. positions: (T) int64, from 0 in every row.
+            plan: who sees whom, from `make_plan` (packed rows) or a KV cache.
+            depth: cycles and gradient routing; None: as configured, full backpropagation.
+            select: (S) stream indices whose logits are wanted; None: all.
+        """
+        states = self.model(tokens, positions, plan, depth)
+        return LMOutput(logits=self.head(states[-1], select), states=states)
+
+    def head(self, state: torch.Tensor, select: torch.Tensor | None = None) -> torch.Tensor:
+        """(T, D) state of any H cycle -> logits of the selected tokens, (S, V)."""
+        return self.lm_head(state if select is None else state.index_select(0, select))

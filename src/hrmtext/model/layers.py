@@ -1,0 +1,122 @@
+"""The parts of a block: RMSNorm, rotary embedding, gated attention, SwiGLU.
+
+Letters: T tokens of a packed stream, D hidden size, N heads, K head width, M SwiGLU width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from hrmtext.config.model import ModelConfig
+from hrmtext.model.attention import AttentionPlan
+
+
+def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
+    """RMSNorm without a learnable scale over the last dimension, fp32 or better inside."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+def rotary_tables(
+    positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of every position, computed in fp32, cast to `dtype`: (T, K) each.
+
+    Half-split convention: dimension i turns together with dimension i + K/2.
+    """
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
+    frequencies = 1.0 / theta ** (exponents / head_dim)  # (K/2)
+    angles = positions.float()[:, None] * frequencies  # (T, K/2)
+    angles = torch.cat((angles, angles), dim=-1)  # (T, K)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotary position embedding of (T, N, K) by (T, K) tables."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+
+
+class GatedAttention(nn.Module):
+    """Multi-head attention whose output is gated: o_proj(sigmoid(gate) * attention)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.head_dim = config.head_dim
+        # Rows in the order gate, queries, keys, values: one product instead of four.
+        self.gqkv_proj = nn.Linear(config.hidden_size, 4 * config.attention_size, bias=False)
+        self.o_proj = nn.Linear(config.attention_size, config.hidden_size, bias=False)
+
+    def project(
+        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """(T, D) -> gate, rotated queries, rotated keys, values: (T, N, K) each."""
+        gqkv = self.gqkv_proj(x).view(-1, 4, self.num_heads, self.head_dim)  # (T, 4, N, K)
+        gate, q, k, v = gqkv.unbind(1)
+        return gate, rotate(q, cos, sin), rotate(k, cos, sin), v
+
+    def output(self, gate: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
+        """(T, N, K) each -> (T, D)."""
+        return self.o_proj((torch.sigmoid(gate) * attended).flatten(1))
+
+
+class SwiGLU(nn.Module):
+    """down_proj(silu(gate) * up), gate and up in one product."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.mlp_size, bias=False)
+        self.down_proj = nn.Linear(config.mlp_size, config.hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, D) -> (T, D)."""
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)  # (T, M) each
+        return self.down_proj(F.silu(gate) * up)
+
+
+class Block(nn.Module):
+    """PreNorm block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.attn = GatedAttention(config)
+        self.mlp = SwiGLU(config)
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        plan: AttentionPlan,
+        slot: int,
+    ) -> torch.Tensor:
+        """(T, D) -> (T, D); `slot` names the KV slot of this (stack call, layer)."""
+        gate, q, k, v = self.attn.project(rms_norm(x, self.eps), cos, sin)
+        x = x + self.attn.output(gate, plan.attend(q, k, v, slot))
+        return x + self.mlp(rms_norm(x, self.eps))
+
+
+class Stack(nn.Module):
+    """Blocks and one RMSNorm at the exit, re-applied at every call (the paper's MagicNorm)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.eps = config.rms_norm_eps
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers_per_stack))
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        plan: AttentionPlan,
+        first_slot: int,
+    ) -> torch.Tensor:
+        """(T, D) -> (T, D); layer i uses KV slot `first_slot + i`."""
+        for index, layer in enumerate(self.layers):
+            x = layer(x, cos, sin, plan, first_slot + index)
+        return rms_norm(x, self.eps)
