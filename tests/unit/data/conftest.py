@@ -8,10 +8,12 @@ import pytest
 
 from hrmtext.data.tokenizer import PromptTokenizer, train_tokenizer
 
-WORDS = (
-    "what is the sum of two numbers count letters in word reverse order sort list question answer "
-    "hello world response number please compute value given between first last longest shortest"
-).split()
+WORDS = [
+    "what", "is", "the", "sum", "of", "two", "numbers", "count", "letters", "in",
+    "word", "reverse", "order", "sort", "list", "question", "answer", "hello", "world", "response",
+    "number", "please", "compute", "value", "given", "between", "first", "last", "longest",
+    "shortest",
+]  # fmt: skip
 
 
 def make_texts(count: int, seed: int = 0) -> list[str]:

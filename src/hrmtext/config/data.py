@@ -1,0 +1,263 @@
+"""Data configuration: where rows come from, how they are cleaned, tokenised, sampled, packed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Literal
+
+from hrmtext.config.base import config_class
+from hrmtext.errors import ConfigError
+
+LongRows = Literal["truncate", "drop"]
+"""What happens to a row beyond the context: its response is cut, or the row is dropped."""
+
+
+def _at_least(name: str, value: int, minimum: int) -> None:
+    if value < minimum:
+        raise ConfigError(f"{name} is {value}, expected at least {minimum}")
+
+
+@config_class
+class LocalSourceConfig:
+    """JSONL or Parquet files with columns `instruction`, `response` and optionally `condition`."""
+
+    path: str
+    """A file, or a folder searched for .jsonl and .parquet files at any depth."""
+    prefix: str = ""
+    """Put in front of the strata's names, for example `flan__`."""
+    eval_size: int = 0
+    """Prompts of each file held out of training, chosen by a hash of the prompt."""
+    strict: bool = False
+    """Stop at the first bad row instead of counting it."""
+
+    def __post_init__(self) -> None:
+        _at_least("local.eval_size", self.eval_size, 0)
+
+
+@config_class
+class FamilyConfig:
+    """One reasoning-gym family."""
+
+    name: str
+    """Family, as reasoning_gym.create_dataset knows it."""
+    label: str | None = None
+    """Stratum name; None: `name`. Needed where one family is listed twice."""
+    size: int | None = None
+    """Training rows to generate; None: a share of `num_rows` by `weight`."""
+    weight: float = 1.0
+    """Share of `num_rows` where `size` is not given."""
+    eval_size: int | None = None
+    """Held-out rows; None: the mix's `eval_size`."""
+    condition: str = "direct"
+    """Condition of the family's rows."""
+    config: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Difficulty and other settings, passed to reasoning_gym.create_dataset as they are."""
+
+    def __post_init__(self) -> None:
+        if self.size is not None:
+            _at_least(f"family {self.name!r}: size", self.size, 0)
+        if self.eval_size is not None:
+            _at_least(f"family {self.name!r}: eval_size", self.eval_size, 0)
+        if not self.weight > 0:
+            raise ConfigError(f"family {self.name!r}: weight is {self.weight}, expected above 0")
+        for key in ("seed", "size"):
+            if key in self.config:
+                raise ConfigError(
+                    f"family {self.name!r}: config may not set {key!r}; training and held-out rows "
+                    "need seeds and sizes of their own. Set the mix's seed, or the family's size"
+                )
+        if not self.stratum or "/" in self.stratum or self.stratum.startswith("."):
+            raise ConfigError(
+                f"family {self.name!r}: label {self.stratum!r} cannot name a stratum; "
+                "expected a plain file name"
+            )
+
+    @property
+    def stratum(self) -> str:
+        """Name of the family's stratum."""
+        return self.name if self.label is None else self.label
+
+
+@config_class
+class ReasoningGymConfig:
+    """A declared mix of reasoning-gym families; the same values give the same rows anywhere."""
+
+    families: tuple[FamilyConfig, ...]
+    """The families of the mix."""
+    num_rows: int = 0
+    """Training rows shared by the families that state no `size` of their own."""
+    eval_size: int = 100
+    """Held-out rows of each family that states none of its own."""
+    seed: int = 0
+    """Seed of the mix; training and held-out rows get far apart seeds from it."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """What happens to a training prompt that its family gives twice."""
+    num_workers: int | None = None
+    """Processes that generate; None: one a core. The rows do not depend on it."""
+
+    def __post_init__(self) -> None:
+        _at_least("reasoning_gym.num_rows", self.num_rows, 0)
+        _at_least("reasoning_gym.eval_size", self.eval_size, 0)
+        if self.num_workers is not None:
+            _at_least("reasoning_gym.num_workers", self.num_workers, 1)
+        if not self.families:
+            raise ConfigError("reasoning_gym.families is empty; name at least one family")
+        names = [family.stratum for family in self.families]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(
+                    f"reasoning_gym.families lists {name!r} twice; give each its own label"
+                )
+        if sum(self.sizes) == 0 and not any(self.eval_sizes):
+            raise ConfigError(
+                "reasoning_gym asks for no rows; set num_rows, or a size for each family"
+            )
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Training rows of each family; shares of `num_rows` are rounded down, then topped up."""
+        weights = [f.weight if f.size is None else 0.0 for f in self.families]
+        total = sum(weights)
+        if total == 0:
+            return tuple(f.size or 0 for f in self.families)
+        shares = [int(self.num_rows * weight / total) for weight in weights]
+        shared = [i for i, family in enumerate(self.families) if family.size is None]
+        for i in shared[: self.num_rows - sum(shares)]:
+            shares[i] += 1
+        return tuple(
+            share if family.size is None else family.size
+            for share, family in zip(shares, self.families, strict=True)
+        )
+
+    @property
+    def eval_sizes(self) -> tuple[int, ...]:
+        """Held-out rows of each family."""
+        return tuple(self.eval_size if f.eval_size is None else f.eval_size for f in self.families)
+
+
+@config_class
+class CleaningConfig:
+    """Which rows are dropped; each is counted by reason."""
+
+    max_instruction_chars: int = 1_000_000
+    """Longest instruction, in characters."""
+    max_response_chars: int = 1_000_000
+    """Longest response, in characters."""
+    drop_duplicates: bool = False
+    """Drop rows equal in condition, instruction and response to an earlier row of any stratum."""
+    drop_control_characters: bool = True
+    """Drop rows with control characters other than tab, line feed and carriage return."""
+
+    def __post_init__(self) -> None:
+        _at_least("cleaning.max_instruction_chars", self.max_instruction_chars, 1)
+        _at_least("cleaning.max_response_chars", self.max_response_chars, 1)
+
+
+@config_class
+class TokenizerConfig:
+    """A tokenizer to load, or how to train one."""
+
+    path: str | None = None
+    """A tokenizer.json or its folder; None: train one on the cleaned rows."""
+    vocab_size: int = 65_536
+    """Entries of a trained vocabulary, the 31 special tokens and 256 bytes included."""
+    max_rows_per_stratum: int | None = 100_000
+    """Rows of each stratum that training reads, spread evenly over it; None: all."""
+    max_chars_per_text: int = 10_000
+    """Training reads that many characters of each instruction and each response."""
+
+    def __post_init__(self) -> None:
+        _at_least("tokenizer.vocab_size", self.vocab_size, 287)
+        _at_least("tokenizer.max_chars_per_text", self.max_chars_per_text, 1)
+        if self.max_rows_per_stratum is not None:
+            _at_least("tokenizer.max_rows_per_stratum", self.max_rows_per_stratum, 1)
+
+
+@config_class
+class StratumRule:
+    """How strata whose name starts with `prefix` are sampled; the first rule that fits counts."""
+
+    prefix: str
+    """Start of the strata's names; empty: all."""
+    max_rows: int | None = None
+    """Rows an epoch, before `repeat`; None: all."""
+    repeat: int = 1
+    """Times that many rows an epoch."""
+    long_rows: LongRows | None = None
+    """What happens to rows beyond the context; None: as in `sampling.long_rows`."""
+
+    def __post_init__(self) -> None:
+        _at_least(f"rule {self.prefix!r}: repeat", self.repeat, 1)
+        if self.max_rows is not None:
+            _at_least(f"rule {self.prefix!r}: max_rows", self.max_rows, 1)
+
+
+@config_class
+class SamplingConfig:
+    """Which rows make up an epoch, and how long they may be."""
+
+    rules: tuple[StratumRule, ...] = ()
+    """Caps and repeats by stratum, in order; a stratum without a rule is taken whole."""
+    epochs: int = 4
+    """Epochs to write."""
+    max_seq_len: int = 4_096
+    """Context in tokens; a row may have one more, which is predicted only."""
+    long_rows: LongRows = "truncate"
+    """What happens to rows beyond the context."""
+    min_response_tokens: int = 2
+    """Shortest response in tokens, its end token included, counted after truncation."""
+    seed: int = 0
+    """Seed of the order of rows."""
+
+    def __post_init__(self) -> None:
+        _at_least("sampling.epochs", self.epochs, 1)
+        _at_least("sampling.max_seq_len", self.max_seq_len, 2)
+        _at_least("sampling.min_response_tokens", self.min_response_tokens, 1)
+
+
+@config_class
+class PackingConfig:
+    """How rows are packed into batches."""
+
+    batch_tokens: int = 196_608
+    """Most input tokens of one global batch, over all ranks."""
+    bin_tokens: int | None = None
+    """Most input tokens of one bin (one forward pass); None: the whole batch is one bin."""
+    pad_bins: bool = False
+    """Pad every bin to `bin_tokens`, so that compiled kernels see one shape."""
+
+    def __post_init__(self) -> None:
+        _at_least("packing.batch_tokens", self.batch_tokens, 1)
+        if self.bin_tokens is not None and not 1 <= self.bin_tokens <= self.batch_tokens:
+            raise ConfigError(
+                f"packing.bin_tokens is {self.bin_tokens}, expected 1 to packing.batch_tokens "
+                f"= {self.batch_tokens}"
+            )
+
+
+@config_class
+class DataConfig:
+    """Everything `hrm-text data prepare` needs."""
+
+    local: tuple[LocalSourceConfig, ...] = ()
+    """Local files."""
+    reasoning_gym: ReasoningGymConfig | None = None
+    """Generated reasoning problems."""
+    cleaning: CleaningConfig = CleaningConfig()
+    """Which rows are dropped."""
+    tokenizer: TokenizerConfig = TokenizerConfig()
+    """Which tokenizer is used or trained."""
+    sampling: SamplingConfig = SamplingConfig()
+    """Which rows make up an epoch."""
+    packing: PackingConfig = PackingConfig()
+    """How training packs rows."""
+
+    def __post_init__(self) -> None:
+        if not self.local and self.reasoning_gym is None:
+            raise ConfigError("the data config names no source; set local or reasoning_gym")
+        bin_tokens = self.packing.bin_tokens or self.packing.batch_tokens
+        if bin_tokens < self.sampling.max_seq_len:
+            raise ConfigError(
+                f"packing.bin_tokens is {bin_tokens}, below sampling.max_seq_len = "
+                f"{self.sampling.max_seq_len}: the longest rows would fit no bin"
+            )

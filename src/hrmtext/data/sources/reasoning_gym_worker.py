@@ -1,0 +1,77 @@
+"""A process that generates reasoning-gym items: JSON requests on stdin, JSON answers on stdout.
+
+It is started with a fixed PYTHONHASHSEED, since some families walk through Python sets, whose order
+would otherwise differ from run to run.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import sys
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+
+@lru_cache(maxsize=64)
+def _dataset(family: str, config: str, seed: int, size: int) -> Any:
+    import reasoning_gym
+
+    return reasoning_gym.create_dataset(family, seed=seed, size=size, **json.loads(config))
+
+
+def generate(request: dict[str, Any]) -> list[Any]:
+    """Items [start, stop) of a family: `[question, answer, metadata]`, or `{"error": text}`.
+
+    `metadata` is given where it was asked for and survives JSON: after the round trip the family's
+    scorer must still give full marks to the family's own answer. Otherwise it is None.
+    """
+    config = json.dumps(request["config"], sort_keys=True)
+    dataset = _dataset(request["family"], config, request["seed"], request["size"])
+    items: list[Any] = []
+    for index in range(request["start"], request["stop"]):
+        # A few families draw from the global generators too.
+        random.seed(request["seed"] + index)
+        np.random.seed((request["seed"] + index) % 2**32)  # noqa: NPY002
+        try:
+            item = dataset[index]
+        except Exception as error:  # counted by the caller; one bad item must not end the run
+            items.append({"error": f"{type(error).__name__}: {error}"})
+            continue
+        answer = item["answer"]
+        answer = answer if answer is None or isinstance(answer, str) else str(answer)
+        metadata = _portable(dataset, item, answer) if request["with_metadata"] else None
+        items.append([item["question"], answer, metadata])
+    return items
+
+
+def _portable(dataset: Any, item: dict[str, Any], answer: str | None) -> dict[str, Any] | None:
+    if answer is None:
+        return None
+    try:
+        metadata = json.loads(json.dumps(item["metadata"], allow_nan=False))
+        entry = {"question": item["question"], "answer": answer, "metadata": metadata}
+        return metadata if dataset.score_answer(answer, entry) >= 1.0 else None
+    except Exception:  # not JSON, or the scorer needs what JSON loses; the caller counts it
+        return None
+
+
+def main() -> None:
+    """Answer requests until stdin ends."""
+    # Families print while they work; the answers need a channel of their own.
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    for line in sys.stdin:
+        try:
+            reply: dict[str, Any] = {"items": generate(json.loads(line))}
+        except Exception as error:  # sent to the caller, which raises it
+            reply = {"failure": f"{type(error).__name__}: {error}"}
+        answers.write(json.dumps(reply) + "\n")
+        answers.flush()
+
+
+if __name__ == "__main__":
+    main()
