@@ -130,7 +130,8 @@ class DecodePlan:
         keys[self.rows, :, self.cache.lengths] = k
         values[self.rows, :, self.cache.lengths] = v
         scores = q[:, :, None] * q.shape[-1] ** -0.5 @ keys[:, :, : self.width].transpose(2, 3)
-        weights = (scores + self.mask).softmax(-1, dtype=torch.float32).to(q.dtype)
+        wide = torch.promote_types(q.dtype, torch.float32)
+        weights = (scores + self.mask).softmax(-1, dtype=wide).to(q.dtype)
         return (weights @ values[:, :, : self.width]).squeeze(2)
 
     def commit(self) -> None:
