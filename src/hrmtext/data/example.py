@@ -1,8 +1,10 @@
-"""The row that every source yields and every later stage reads."""
+"""The rows that sources yield and later stages read."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+import unicodedata
+from typing import Any, NamedTuple
 
 
 class Example(NamedTuple):
@@ -19,3 +21,25 @@ COLUMNS: tuple[str, ...] = Example._fields
 
 DEFAULT_CONDITION = "direct"
 """Condition of a row that states none."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class HeldOutRow:
+    """A row for evaluation."""
+
+    stratum: str
+    """Stratum, for reasoning-gym the family's label."""
+    condition: str
+    instruction: str
+    response: str
+    family: str | None = None
+    """Family whose scorer can judge the row, where there is one."""
+    metadata: dict[str, Any] | None = None
+    """What the family's scorer needs; None: only exact match can judge the row."""
+
+
+def normalize_prompt(text: str) -> str:
+    """The form in which prompts are compared: case, spacing and Unicode variants do not count."""
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+    return " ".join(text.casefold().split())

@@ -12,6 +12,7 @@ import pytest
 
 from hrmtext.config import build
 from hrmtext.config.data import ReasoningGymConfig
+from hrmtext.data.example import normalize_prompt
 from hrmtext.data.sources import reasoning_gym as source
 from hrmtext.errors import ConfigError, DataError
 
@@ -53,12 +54,8 @@ def test_rows_do_not_depend_on_workers_or_hash_seed(data):
 
 
 def test_no_prompt_is_shared_and_held_out_prompts_are_unique(data):
-    train = {
-        source.normalize_prompt(row.instruction) for rows in data.train.values() for row in rows
-    }
-    held = [
-        source.normalize_prompt(row.instruction) for rows in data.held_out.values() for row in rows
-    ]
+    train = {normalize_prompt(row.instruction) for rows in data.train.values() for row in rows}
+    held = [normalize_prompt(row.instruction) for rows in data.held_out.values() for row in rows]
     assert len(held) == len(set(held)) == 60
     assert not train & set(held)
     assert data.report.shared_prompts == 0
@@ -89,7 +86,7 @@ def test_neighbouring_seeds_of_the_library_overlap_but_ours_do_not():
 
 def test_duplicates_are_dropped_where_asked():
     data = source.generate(mix("coin_flip", num_rows=600, duplicates="drop"))
-    prompts = [source.normalize_prompt(row.instruction) for row in data.train["coin_flip"]]
+    prompts = [normalize_prompt(row.instruction) for row in data.train["coin_flip"]]
     assert len(prompts) == len(set(prompts)) < 600
     assert data.report.families["coin_flip"].dropped["prompt given before"] > 0
 

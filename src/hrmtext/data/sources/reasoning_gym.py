@@ -6,24 +6,18 @@ Training and held-out rows therefore use far apart seeds, and prompts are compar
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import importlib.util
 import json
 import os
-import subprocess
-import sys
-import tempfile
-import threading
-import unicodedata
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
-from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from hrmtext.config.base import nearest
 from hrmtext.config.data import FamilyConfig, ReasoningGymConfig
-from hrmtext.data.example import Example
+from hrmtext.data.example import Example, HeldOutRow, normalize_prompt
+from hrmtext.data.workers import Progress, WorkerPool
 from hrmtext.errors import BackendError, ConfigError, DataError
 from hrmtext.runtime.log import logger, warn_once
 from hrmtext.runtime.rng import keyed_seed
@@ -33,24 +27,6 @@ HELD_OUT_SEED_DISTANCE = 2**30
 """Held-out seeds lie that far above training seeds; no family can have as many rows."""
 MAX_ATTEMPTS_PER_HELD_OUT_ROW = 20
 WORKER = "hrmtext.data.sources.reasoning_gym_worker"
-
-Progress = Callable[[str, int, int], None]
-"""Called with (what is done, done so far, total)."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class HeldOutRow:
-    """A row for evaluation."""
-
-    stratum: str
-    """Stratum, for reasoning-gym the family's label."""
-    condition: str
-    instruction: str
-    response: str
-    family: str | None = None
-    """Family whose scorer can judge the row, where there is one."""
-    metadata: dict[str, Any] | None = None
-    """What the family's scorer needs; None: only exact match can judge the row."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -99,13 +75,6 @@ class ReasoningGymData:
     report: ReasoningGymReport
 
 
-def normalize_prompt(text: str) -> str:
-    """The form in which prompts are compared: case, spacing and Unicode variants do not count."""
-    if not text.isascii():
-        text = unicodedata.normalize("NFKC", text)
-    return " ".join(text.casefold().split())
-
-
 def family_names() -> list[str]:
     """Families that the installed reasoning-gym knows; BackendError if it is not installed."""
     _require_reasoning_gym()
@@ -131,14 +100,14 @@ def generate(config: ReasoningGymConfig, progress: Progress | None = None) -> Re
             raise ConfigError(
                 f"unknown reasoning-gym family {family.name!r}{nearest(family.name, known)}"
             )
-    total = sum(config.sizes) + sum(config.eval_sizes)
     reports = {f.stratum: FamilyReport(family=f.name) for f in config.families}
-    with _Pool(config.num_workers or os.cpu_count() or 1, total, progress) as pool:
-        held_out = _generate_held_out(config, pool, reports)
+    with WorkerPool(WORKER, config.num_workers or os.cpu_count() or 1) as pool:
+        generator = _Generator(config, pool, progress)
+        held_out = _generate_held_out(config, generator, reports)
         held_out_prompts = {
             normalize_prompt(row.instruction) for rows in held_out.values() for row in rows
         }
-        train = _generate_train(config, pool, reports, held_out_prompts)
+        train = _generate_train(config, generator, reports, held_out_prompts)
     prompts = {normalize_prompt(row.instruction) for rows in train.values() for row in rows}
     shared = len(prompts & held_out_prompts)
     if shared:
@@ -177,7 +146,7 @@ def score(
 
 
 def _generate_held_out(
-    config: ReasoningGymConfig, pool: _Pool, reports: dict[str, FamilyReport]
+    config: ReasoningGymConfig, generator: _Generator, reports: dict[str, FamilyReport]
 ) -> dict[str, list[HeldOutRow]]:
     rows: dict[str, list[HeldOutRow]] = {f.stratum: [] for f in config.families}
     asked = {f.stratum: n for f, n in zip(config.families, config.eval_sizes, strict=True)}
@@ -197,9 +166,7 @@ def _generate_held_out(
                 tried[name] = stop
         if not wanted:
             break
-        for (family, _, _), items in zip(
-            wanted, pool.run(config, wanted, held_out=True), strict=True
-        ):
+        for (family, _, _), items in zip(wanted, generator.run(wanted, held_out=True), strict=True):
             name = family.stratum
             for item in items:
                 if len(rows[name]) == asked[name]:
@@ -234,7 +201,7 @@ def _generate_held_out(
 
 def _generate_train(
     config: ReasoningGymConfig,
-    pool: _Pool,
+    generator: _Generator,
     reports: dict[str, FamilyReport],
     held_out_prompts: set[str],
 ) -> dict[str, list[Example]]:
@@ -242,7 +209,7 @@ def _generate_train(
         (f, 0, size) for f, size in zip(config.families, config.sizes, strict=True) if size > 0
     ]
     train: dict[str, list[Example]] = {}
-    for (family, _, _), items in zip(wanted, pool.run(config, wanted, held_out=False), strict=True):
+    for (family, _, _), items in zip(wanted, generator.run(wanted, held_out=False), strict=True):
         report = reports[family.stratum]
         rows: list[Example] = []
         seen: set[str] = set()
@@ -315,135 +282,44 @@ def _require_reasoning_gym() -> None:
         )
 
 
-class _Pool:
-    """Worker processes; a request's answer does not depend on which worker gives it."""
+class _Generator:
+    """Asks worker processes for items and reports progress over the whole mix."""
 
-    def __init__(self, num_workers: int, total: int, progress: Progress | None) -> None:
-        self.num_workers = num_workers
-        self.total, self.done, self.progress = total, 0, progress
-        self._processes: list[tuple[subprocess.Popen[str], IO[bytes]]] = []
-
-    def __enter__(self) -> _Pool:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for process, log in self._processes:
-            if exception[0] is not None:
-                process.kill()
-            if process.stdin is not None:
-                process.stdin.close()
-            process.wait()
-            if process.stdout is not None:
-                process.stdout.close()
-            log.close()
+    def __init__(
+        self, config: ReasoningGymConfig, pool: WorkerPool, progress: Progress | None
+    ) -> None:
+        self.config, self.pool, self.progress = config, pool, progress
+        self.done, self.total = 0, sum(config.sizes) + sum(config.eval_sizes)
 
     def run(
-        self,
-        config: ReasoningGymConfig,
-        wanted: Sequence[tuple[FamilyConfig, int, int]],
-        *,
-        held_out: bool,
-    ) -> list[Iterable[Any]]:
+        self, wanted: Sequence[tuple[FamilyConfig, int, int]], *, held_out: bool
+    ) -> list[list[Any]]:
         """Items [start, stop) of each wanted family, in order."""
-        requests: list[tuple[int, dict[str, Any]]] = []
-        for which, (family, start, stop) in enumerate(wanted):
-            # Room for HELD_OUT_SEED_DISTANCE twice below the 32 bits that some families allow.
-            seed = keyed_seed(config.seed, "reasoning-gym", family.stratum) % 2**30
+        requests, owners = [], []
+        for owner, (family, start, stop) in enumerate(wanted):
+            # Room for both kinds of rows below the 32 bits that some families allow.
+            seed = keyed_seed(self.config.seed, "reasoning-gym", family.stratum) % 2**30
             for at in range(start, stop, ITEMS_PER_REQUEST):
+                owners.append(owner)
                 requests.append(
-                    (
-                        which,
-                        {
-                            "family": family.name,
-                            "config": family.config,
-                            "seed": seed + (HELD_OUT_SEED_DISTANCE if held_out else 0),
-                            "size": HELD_OUT_SEED_DISTANCE,
-                            "start": at,
-                            "stop": min(at + ITEMS_PER_REQUEST, stop),
-                            "with_metadata": held_out,
-                        },
-                    )
+                    {
+                        "what": f"family {family.stratum!r}",
+                        "family": family.name,
+                        "config": family.config,
+                        "seed": seed + (HELD_OUT_SEED_DISTANCE if held_out else 0),
+                        "size": HELD_OUT_SEED_DISTANCE,
+                        "start": at,
+                        "stop": min(at + ITEMS_PER_REQUEST, stop),
+                        "with_metadata": held_out,
+                    }
                 )
-        answers = self._ask([request for _, request in requests])
+
+        def advance(index: int) -> None:
+            self.done += requests[index]["stop"] - requests[index]["start"]
+            if self.progress is not None:
+                self.progress("generating rows", min(self.done, self.total), self.total)
+
         items: list[list[Any]] = [[] for _ in wanted]
-        for (which, _), answer in zip(requests, answers, strict=True):
-            items[which].extend(answer)
-        return list(items)
-
-    def _ask(self, requests: list[dict[str, Any]]) -> list[list[Any]]:
-        answers: list[list[Any]] = [[] for _ in requests]
-        queue = collections.deque(range(len(requests)))
-        failures: list[Exception] = []
-        lock = threading.Lock()
-        while len(self._processes) < min(self.num_workers, len(requests)):
-            self._processes.append(_start_worker())
-
-        def serve(process: subprocess.Popen[str], log: IO[bytes]) -> None:
-            while not failures:
-                try:
-                    index = queue.popleft()
-                except IndexError:
-                    return
-                try:
-                    answers[index] = _exchange(process, log, requests[index])
-                except Exception as error:  # raised below, in the caller's thread
-                    failures.append(error)
-                    return
-                with lock:
-                    self.done += requests[index]["stop"] - requests[index]["start"]
-                    if self.progress is not None:
-                        self.progress("generating", min(self.done, self.total), self.total)
-
-        threads = [threading.Thread(target=serve, args=pair) for pair in self._processes]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if failures:
-            raise failures[0]
-        return answers
-
-
-def _start_worker() -> tuple[subprocess.Popen[str], IO[bytes]]:
-    log = tempfile.TemporaryFile()  # noqa: SIM115 (closed with its process)
-    source = str(Path(__file__).parents[3])  # the worker runs this very code, installed or not
-    environment = {
-        **os.environ,
-        "PYTHONHASHSEED": "0",
-        "OMP_NUM_THREADS": "1",
-        "PYTHONPATH": os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")])),
-    }
-    process = subprocess.Popen(
-        [sys.executable, "-m", WORKER],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=log,
-        env=environment,
-        text=True,
-        encoding="utf-8",
-    )
-    return process, log
-
-
-def _exchange(process: subprocess.Popen[str], log: IO[bytes], request: dict[str, Any]) -> list[Any]:
-    assert process.stdin is not None and process.stdout is not None, "opened with pipes"
-    try:
-        process.stdin.write(json.dumps(request) + "\n")
-        process.stdin.flush()
-        line = process.stdout.readline()
-    except BrokenPipeError:
-        line = ""
-    if not line:
-        log.seek(0)
-        tail = log.read()[-2000:].decode(errors="replace")
-        raise DataError(
-            f"the process that generates {request['family']!r} ended with status "
-            f"{process.wait()}; its last words:\n{tail}"
-        )
-    reply = json.loads(line)
-    if "failure" in reply:
-        raise ConfigError(
-            f"reasoning-gym family {request['family']!r} refuses its settings "
-            f"{request['config']}: {reply['failure']}"
-        )
-    return reply["items"]
+        for owner, answer in zip(owners, self.pool.ask(requests, advance), strict=True):
+            items[owner].extend(answer)
+        return items

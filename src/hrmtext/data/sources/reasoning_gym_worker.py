@@ -1,19 +1,19 @@
-"""A process that generates reasoning-gym items: JSON requests on stdin, JSON answers on stdout.
+"""A worker process that generates reasoning-gym items.
 
-It is started with a fixed PYTHONHASHSEED, since some families walk through Python sets, whose order
-would otherwise differ from run to run.
+Some families walk through Python sets, whose order depends on PYTHONHASHSEED; workers fix it.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
-import sys
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
+
+from hrmtext.data.workers import serve
+from hrmtext.errors import ConfigError
 
 
 @lru_cache(maxsize=64)
@@ -28,9 +28,18 @@ def generate(request: dict[str, Any]) -> list[Any]:
 
     `metadata` is given where it was asked for and survives JSON: after the round trip the family's
     scorer must still give full marks to the family's own answer. Otherwise it is None.
+
+    Raises:
+        ConfigError: the family refuses its settings.
     """
     config = json.dumps(request["config"], sort_keys=True)
-    dataset = _dataset(request["family"], config, request["seed"], request["size"])
+    try:
+        dataset = _dataset(request["family"], config, request["seed"], request["size"])
+    except Exception as error:  # whatever the family's own check of its settings raises
+        raise ConfigError(
+            f"reasoning-gym family {request['family']!r} refuses its settings {config}: "
+            f"{type(error).__name__}: {error}"
+        ) from error
     items: list[Any] = []
     for index in range(request["start"], request["stop"]):
         # A few families draw from the global generators too.
@@ -59,19 +68,5 @@ def _portable(dataset: Any, item: dict[str, Any], answer: str | None) -> dict[st
         return None
 
 
-def main() -> None:
-    """Answer requests until stdin ends."""
-    # Families print while they work; the answers need a channel of their own.
-    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)
-    for line in sys.stdin:
-        try:
-            reply: dict[str, Any] = {"items": generate(json.loads(line))}
-        except Exception as error:  # sent to the caller, which raises it
-            reply = {"failure": f"{type(error).__name__}: {error}"}
-        answers.write(json.dumps(reply) + "\n")
-        answers.flush()
-
-
 if __name__ == "__main__":
-    main()
+    serve(generate)

@@ -1,0 +1,253 @@
+"""Rows from local JSONL and Parquet files; what is wrong with a row is counted, never hidden."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import json
+from collections.abc import Iterable, Iterator
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from hrmtext.data.example import DEFAULT_CONDITION, Example
+from hrmtext.data.tokenizer import CONDITIONS
+from hrmtext.errors import BackendError, DataError
+from hrmtext.runtime.io import explain_storage_errors
+
+SUFFIXES = (".jsonl", ".parquet")
+ROWS_PER_BATCH = 1_000
+PLACES_KEPT = 5
+
+
+@dataclasses.dataclass(kw_only=True)
+class RowProblems:
+    """Rows that were not used, by reason, with the first places of each."""
+
+    strict: bool = False
+    """Raise at the first problem instead of counting it."""
+    counts: dict[str, int] = dataclasses.field(default_factory=dict)
+    places: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+    """Reason -> the first few `file:line` (Parquet: `file:row`), counted from 1."""
+
+    def add(self, reason: str, place: str) -> None:
+        """Count one row; DataError if `strict`."""
+        if self.strict:
+            raise DataError(f"{place}: {reason}. Mend the row, or set strict: false to drop it")
+        self.counts[reason] = self.counts.get(reason, 0) + 1
+        places = self.places.setdefault(reason, [])
+        if len(places) < PLACES_KEPT:
+            places.append(place)
+
+    @property
+    def total(self) -> int:
+        """Rows not used."""
+        return sum(self.counts.values())
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Reason -> count and first places."""
+        return {
+            reason: {"rows": count, "first": self.places[reason]}
+            for reason, count in sorted(self.counts.items())
+        }
+
+
+def find_files(path: str | Path) -> dict[str, Path]:
+    """Stratum name -> file, for a file or for every .jsonl and .parquet file below a folder.
+
+    The name is the file's path below the folder, `/` written as `__`; hidden files do not count.
+
+    Raises:
+        DataError: nothing there, or two files whose names become the same.
+    """
+    path = Path(path)
+    if path.is_file():
+        if path.suffix not in SUFFIXES:
+            raise DataError(f"{path}: expected a file ending in {' or '.join(SUFFIXES)}")
+        return {path.name: path}
+    if not path.is_dir():
+        raise DataError(f"no such file or folder: {path}")
+    files: dict[str, Path] = {}
+    for file in sorted(path.rglob("*")):
+        below = file.relative_to(path)
+        hidden = any(part.startswith(".") for part in below.parts)
+        if file.suffix in SUFFIXES and file.is_file() and not hidden:
+            name = below.as_posix().replace("/", "__")
+            if name in files:
+                raise DataError(
+                    f"{file} and {files[name]} both give the stratum {name}; rename one"
+                )
+            files[name] = file
+    if not files:
+        raise DataError(f"{path} holds no {' or '.join(SUFFIXES)} file")
+    return files
+
+
+def stratum_label(name: str) -> str:
+    """A stratum's name without the ending of its file."""
+    for suffix in SUFFIXES:
+        name = name.removesuffix(suffix)
+    return name
+
+
+def read_batches(path: Path, problems: RowProblems) -> Iterator[list[Example]]:
+    """The usable rows of a JSONL or Parquet file, in batches, in order.
+
+    An absent or null condition means `direct`; blank lines are no rows. Rows with malformed JSON,
+    bytes that are not UTF-8, missing or wrong-typed fields, an unknown condition, an empty
+    response, or NUL characters are added to `problems`.
+
+    Raises:
+        DataError: a Parquet file that is not whole or lacks a column; anything, if strict.
+    """
+    if path.suffix == ".parquet":
+        rows = _parquet_rows(path, problems)
+    else:
+        rows = _jsonl_rows(path, problems)
+    batch: list[Example] = []
+    for place, row in rows:
+        checked = check_row(row)
+        if isinstance(checked, str):
+            problems.add(checked, place)
+            continue
+        batch.append(checked)
+        if len(batch) == ROWS_PER_BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def check_row(row: Any) -> Example | str:
+    """The row as an Example with its condition in plain form, or what is wrong with it."""
+    if not isinstance(row, dict):
+        return "not a JSON object"
+    for key in ("instruction", "response"):
+        if key not in row:
+            return f"missing {key}"
+        if not isinstance(row[key], str):
+            return f"{key} is not a string"
+    condition = row.get("condition")
+    if condition is None:
+        condition = DEFAULT_CONDITION
+    if not isinstance(condition, str):
+        return "condition is not a string"
+    plain = plain_condition(condition)
+    if plain is None:
+        return "unknown condition"
+    return check_text(Example(plain, row["instruction"], row["response"]))
+
+
+def check_text(example: Example) -> Example | str:
+    """The example itself, or why no model can learn from its text."""
+    _, instruction, response = example
+    if not response or response.isspace():
+        return "empty response"
+    if "\0" in instruction or "\0" in response:
+        return "NUL character"
+    if not (_is_unicode(instruction) and _is_unicode(response)):
+        return "lone surrogate (not valid Unicode)"
+    return example
+
+
+@lru_cache(maxsize=4096)
+def plain_condition(condition: str) -> str | None:
+    """The comma list without spaces, or None if a name in it is unknown."""
+    names = [name.strip() for name in condition.split(",")]
+    if names == [""]:
+        return ""
+    return ",".join(names) if all(name in CONDITIONS for name in names) else None
+
+
+def _is_unicode(text: str) -> bool:
+    if text.isascii():
+        return True
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _jsonl_rows(path: Path, problems: RowProblems) -> Iterator[tuple[str, Any]]:
+    with explain_storage_errors(path), path.open("rb") as stream:
+        for number, line in enumerate(stream, start=1):
+            place = f"{path}:{number}"
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            try:
+                text = line.decode("utf-8")
+            except UnicodeDecodeError:
+                problems.add("not UTF-8", place)
+                continue
+            if not text or text.isspace():
+                continue
+            try:
+                row = json.loads(text)
+            except (json.JSONDecodeError, RecursionError):
+                problems.add("malformed JSON", place)
+                continue
+            yield place, row
+
+
+def _parquet_rows(path: Path, problems: RowProblems) -> Iterator[tuple[str, Any]]:
+    if importlib.util.find_spec("pyarrow") is None:
+        raise BackendError(
+            f"{path}: reading Parquet needs pyarrow; install it: pip install 'hrm-text[data]'"
+        )
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(path) as file:
+            columns = _parquet_columns(path, file.schema_arrow)
+            number = 0
+            for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns):
+                values = [_column_values(batch.column(name)) for name in columns]
+                for row in zip(*values, strict=True):
+                    number += 1
+                    place = f"{path}:{number}"
+                    if any(value is UnicodeDecodeError for value in row):
+                        problems.add("not UTF-8", place)
+                    else:
+                        yield place, dict(zip(columns, row, strict=True))
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{path} is not a whole Parquet file: {error}") from error
+
+
+def _parquet_columns(path: Path, schema: Any) -> list[str]:
+    import pyarrow
+
+    for name in ("instruction", "response", "condition"):
+        if name not in schema.names:
+            if name == "condition":
+                return ["instruction", "response"]
+            raise DataError(
+                f"{path} has no column {name!r}; it has {', '.join(schema.names) or 'none'}"
+            )
+        kind = schema.field(name).type
+        if pyarrow.types.is_dictionary(kind):
+            kind = kind.value_type
+        is_text = (
+            pyarrow.types.is_string(kind)
+            or pyarrow.types.is_large_string(kind)
+            or pyarrow.types.is_string_view(kind)
+            or (name == "condition" and pyarrow.types.is_null(kind))
+        )
+        if not is_text:
+            raise DataError(f"{path}: column {name!r} is {kind}, expected strings")
+    return ["instruction", "response", "condition"]
+
+
+def _column_values(column: Any) -> Iterable[Any]:
+    try:
+        return column.to_pylist()
+    except UnicodeDecodeError:  # Arrow does not check UTF-8 when it reads
+        return [_value(item) for item in column]
+
+
+def _value(item: Any) -> Any:
+    try:
+        return item.as_py()
+    except UnicodeDecodeError:
+        return UnicodeDecodeError
