@@ -49,9 +49,7 @@ def describe(device: torch.device) -> dict[str, str | int]:
     """Machine facts for run records: device name, cores, versions. No host names, no paths."""
     facts: dict[str, str | int] = {
         "device": device.type,
-        "device_name": cpu_name()
-        if device.type == "cpu"
-        else torch.cuda.get_device_name(device),
+        "device_name": cpu_name() if device.type == "cpu" else torch.cuda.get_device_name(device),
         "cpu_cores": os.cpu_count() or 0,
         "cpu_threads_used": torch.get_num_threads(),
         "python": platform.python_version(),

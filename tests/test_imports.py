@@ -1,0 +1,79 @@
+"""The house has layers: a layer imports only from layers above it, and nothing runs at import."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "src" / "hrmtext"
+LAYER = {
+    "errors": 0, "config": 0,
+    "runtime": 1, "batch": 1,
+    "model": 2, "data": 2, "artifacts": 2,
+    "train": 3, "generate": 3, "convert": 3,
+    "evaluate": 4, "api": 4,
+    "cli": 5, "__init__": 5,
+}  # fmt: skip
+SIBLINGS = {
+    ("config", "errors"), ("batch", "runtime"), ("runtime", "batch"),
+    ("artifacts", "model"), ("convert", "generate"),
+}  # fmt: skip
+"""Imports inside one layer that docs/architecture.md names."""
+TORCH_FREE = ("errors", "config", "cli.main")
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def part_of(path: Path) -> str:
+    relative = path.relative_to(PACKAGE)
+    return relative.parts[0].removesuffix(".py")
+
+
+def imported_parts(path: Path) -> set[str]:
+    """First-level parts of hrmtext that a file imports, anywhere in it."""
+    parts = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module]
+            if node.module == "hrmtext":
+                names = [f"hrmtext.{alias.name}" for alias in node.names]
+        elif isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        else:
+            continue
+        parts |= {name.split(".")[1] for name in names if name.startswith("hrmtext.")}
+    return parts - {"__version__"}
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda p: p.relative_to(PACKAGE).as_posix())
+def test_a_layer_imports_only_from_layers_above_it(path):
+    part = part_of(path)
+    assert part in LAYER, f"{part} has no layer: give it one here and in docs/architecture.md"
+    for other in imported_parts(path) - {part}:
+        allowed = LAYER[other] < LAYER[part] or (part, other) in SIBLINGS
+        assert allowed, f"{path.relative_to(PACKAGE)} imports hrmtext.{other}"
+
+
+def test_allowed_sibling_imports_are_used():
+    used = {(part_of(path), other) for path in modules() for other in imported_parts(path)}
+    assert used >= SIBLINGS, f"no longer needed: {SIBLINGS - used}"
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_errors_config_and_the_command_line_start_without_torch(name):
+    code = (
+        f"import sys, hrmtext.{name}\n"
+        "heavy = {'torch', 'transformers', 'tokenizers', 'pyarrow'} & set(sys.modules)\n"
+        "sys.exit(', '.join(sorted(heavy)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert result.returncode == 0, f"imported: {result.stderr}"
+
+
+def test_files_stay_small():
+    long = {p.name: n for p in modules() if (n := len(p.read_text().splitlines())) > 420}
+    assert not long, f"over 420 lines, split by noun: {long}"
