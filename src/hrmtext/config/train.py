@@ -1,0 +1,187 @@
+"""Training configuration; the defaults are the recipe of the HRM-Text paper at size XL."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import pydantic
+
+from hrmtext.config.base import build, config_class, nearest, to_mapping
+from hrmtext.config.model import PRESETS, ModelConfig
+from hrmtext.errors import ConfigError
+
+HARMLESS_KEYS = frozenset({
+    "max_minutes", "attention", "compile", "loss_chunk_bytes", "checkpoint_every", "keep_last",
+    "keep_every", "validate_every", "validation_rows", "log_every", "tensorboard",
+})  # fmt: skip
+"""Keys that may change between a checkpoint and its resumption: none alters what is computed."""
+
+
+@config_class
+class ModelChoice(ModelConfig):
+    """A model by preset name, by fields, or by a preset with some fields replaced."""
+
+    preset: str | None = None
+    """Name in `config.model.PRESETS` that fills in every field not given beside it."""
+
+    @pydantic.model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: Any) -> Any:
+        given = values if isinstance(values, Mapping) else values.kwargs or {}
+        name = given.get("preset")
+        if name is None:
+            return values
+        if name not in PRESETS:
+            raise ConfigError(f"model.preset: unknown preset {name!r}{nearest(name, [*PRESETS])}")
+        return {**to_mapping(PRESETS[name]), **given}
+
+    def resolve(self) -> ModelConfig:
+        """The plain model config, with the preset's name gone."""
+        values = to_mapping(self)
+        del values["preset"]
+        return build(ModelConfig, values, where="model")
+
+
+@config_class
+class TrainConfig:
+    """One pretraining or fine-tuning run."""
+
+    model: ModelChoice = dataclasses.field(default_factory=lambda: ModelChoice(preset="XL"))
+    """Shape of the model: `{preset: XL, vocab_size: 65536}` or every field by name."""
+    seed: int = 0
+    """Seed of the initial weights and of the data order."""
+
+    epochs: int = 4
+    """Passes over the data."""
+    max_steps: int | None = None
+    """Optimizer steps in all; None: as many as `epochs` take."""
+    max_minutes: float | None = None
+    """Stop with a checkpoint after so much training time; the schedule stays that of all steps."""
+    batch_tokens: int = 196_608
+    """Tokens of one optimizer step, over all ranks."""
+    bin_tokens: int | None = None
+    """Tokens of one forward pass; a step accumulates over its bins. None: a step is one bin."""
+    pad_bins: bool = False
+    """Pad every bin to `bin_tokens`, so that compiled kernels meet one shape."""
+
+    lr: float = 2.2e-4
+    """Peak learning rate."""
+    warmup_steps: int = 2_000
+    """Steps of linear warmup."""
+    lr_min_ratio: float = 1.0
+    """End of a cosine decay as a share of `lr`; 1: constant after the warmup."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay rates of Adam-atan2's first and second moment."""
+    weight_decay: float = 0.1
+    """Decoupled weight decay, on every parameter that has a gradient."""
+    ema_decay: float = 0.9999
+    """Decay per step of the fp32 weight average, which is what is evaluated and released."""
+
+    bp_first: int = 2
+    """Stack calls that carry gradient at the start of training."""
+    bp_last: int = 5
+    """Stack calls that carry gradient after the depth warmup."""
+    bp_warmup_ratio: float = 0.2
+    """Share of all steps over which the backward depth grows from `bp_first` to `bp_last`."""
+    L_bp_cycles: tuple[int, ...] | None = None
+    """A fixed backward depth instead, in transformers' terms: L calls with gradient by H cycle."""
+
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """Number format of forward and backward; master weights, sums and EMA are always fp32."""
+    attention: str = "auto"
+    """Attention backend by name."""
+    compile: bool | Literal["auto"] = "auto"
+    """Compile the blocks of the model."""
+    loss_chunk_bytes: int = 268_435_456
+    """Logits are computed for so many rows at a time that their fp32 form stays below this."""
+
+    checkpoint_every: int = 1_000
+    """Steps between checkpoints; one is also written at the end and at Ctrl-C or SIGTERM."""
+    keep_last: int = 2
+    """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps are kept as well; 0: none."""
+    validate_every: int = 1_000
+    """Steps between validations on held-out rows; 0: only at the end."""
+    validation_rows: int = 2_000
+    """Held-out rows of a validation, the same each time; 0: no validation."""
+    log_every: int = 10
+    """Steps between lines of metrics.jsonl."""
+    tensorboard: bool = True
+    """Write TensorBoard event files beside metrics.jsonl."""
+
+    def __post_init__(self) -> None:
+        at_least_one = (
+            "epochs", "batch_tokens", "loss_chunk_bytes", "checkpoint_every", "keep_last",
+            "log_every",
+        )  # fmt: skip
+        for name in at_least_one:
+            _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup_steps", "keep_every", "validate_every", "validation_rows"):
+            _check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
+        for name in ("max_steps", "max_minutes", "bin_tokens"):
+            value = getattr(self, name)
+            _check(name, value, value is None or value > 0, "above 0, or null")
+        _check("lr", self.lr, self.lr > 0, "above 0")
+        _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
+        _check("lr_min_ratio", self.lr_min_ratio, 0 <= self.lr_min_ratio <= 1, "from 0 to 1")
+        _check("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "from 0 to below 1")
+        _check("betas", self.betas, all(0 <= b < 1 for b in self.betas), "from 0 to below 1")
+        ratio = self.bp_warmup_ratio
+        _check("bp_warmup_ratio", ratio, 0 <= ratio <= 1, "from 0 to 1")
+        self._check_depth()
+        self._check_bins()
+
+    def _check_depth(self) -> None:
+        if self.L_bp_cycles is not None:
+            cycles, limit = self.L_bp_cycles, self.model.L_cycles
+            fits = len(cycles) <= self.model.H_cycles and all(0 <= c <= limit for c in cycles)
+            expected = f"at most {self.model.H_cycles} entries (H cycles) from 0 to {limit}"
+            _check("L_bp_cycles", list(cycles), fits, expected)
+            return
+        calls = self.model.num_stack_calls
+        _check("bp_first", self.bp_first, 2 <= self.bp_first <= calls, f"from 2 to {calls}")
+        fits = self.bp_first <= self.bp_last <= calls
+        _check("bp_last", self.bp_last, fits, f"from bp_first={self.bp_first} to {calls}")
+
+    def _check_bins(self) -> None:
+        if self.bin_tokens is not None and self.batch_tokens % self.bin_tokens:
+            raise ConfigError(
+                f"batch_tokens is {self.batch_tokens}, expected a multiple of bin_tokens="
+                f"{self.bin_tokens}: every step is made of whole bins"
+            )
+        if self.bin_size < self.model.max_seq_len:
+            raise ConfigError(
+                f"a bin holds {self.bin_size} tokens, but model.max_seq_len allows rows of "
+                f"{self.model.max_seq_len}; raise bin_tokens (or batch_tokens), or lower "
+                "model.max_seq_len"
+            )
+
+    @property
+    def bin_size(self) -> int:
+        """Tokens of one forward pass."""
+        return self.batch_tokens if self.bin_tokens is None else self.bin_tokens
+
+
+def run_differences(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
+    """What differs between a saved config and `config` in ways that change a run, a line each."""
+    theirs, ours = _run_keys(saved), _run_keys(to_mapping(config))
+    return [
+        f"{key}: {theirs.get(key, 'absent')} in the checkpoint, {ours.get(key, 'absent')} now"
+        for key in sorted({*theirs, *ours})
+        if theirs.get(key) != ours.get(key)
+    ]
+
+
+def _run_keys(config: Mapping[str, Any]) -> dict[str, Any]:
+    flat = {key: config[key] for key in config if key != "model" and key not in HARMLESS_KEYS}
+    model = {f"model.{key}": value for key, value in config.get("model", {}).items()}
+    model.pop("model.preset", None)  # its fields are compared instead
+    return flat | model
+
+
+def _check(name: str, value: Any, fits: bool, expected: str) -> None:
+    if not fits:
+        raise ConfigError(f"{name} is {value}, expected {expected}")

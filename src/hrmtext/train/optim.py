@@ -1,0 +1,152 @@
+"""Adam-atan2 with an fp32 average of the weights in the same step.
+
+For each parameter with a gradient g, at its own step count t (from 1):
+    p *= 1 - lr * wd
+    m  = lerp(m, g, 1 - b1)
+    v  = b2 * v + (1 - b2) * g * g
+    p -= lr / (1 - b1^t) * atan2(m, sqrt(v) / sqrt(1 - b2^t))
+There is no epsilon and no other scale. Source: the HRM-Text paper and its public training code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+
+from hrmtext.errors import CheckpointError, ConfigError
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+class AdamAtan2(torch.optim.Optimizer):
+    """Adam-atan2; state has the number format of the parameters, which must be fp32 or fp64.
+
+    A parameter whose gradient is None is left alone, weight decay included; its average still
+    advances. `ema_decay=None` keeps no average. `lr` of a group may be a float or a 0-dim tensor.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[torch.nn.Parameter],
+        *,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.95),
+        weight_decay: float = 0.1,
+        ema_decay: float | None = 0.9999,
+    ) -> None:
+        """Allocate the state; the average starts as a copy of the parameters of this moment.
+
+        Raises:
+            ConfigError: a parameter is not fp32 or fp64: updates this small vanish in bf16.
+        """
+        defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "ema_decay": ema_decay}
+        super().__init__(params, defaults)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.dtype not in (torch.float32, torch.float64):
+                    raise ConfigError(
+                        f"a parameter is {parameter.dtype}; AdamAtan2 updates fp32 master weights, "
+                        "keep those and compute in a bf16 copy"
+                    )
+                state: dict[str, Any] = {"step": 0}
+                for name in _MOMENTS:
+                    state[name] = torch.zeros_like(parameter, requires_grad=False)
+                if group["ema_decay"] is not None:
+                    state["ema"] = parameter.detach().clone()
+                self.state[parameter] = state
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # pyrefly: ignore[bad-override]
+        """One update of every parameter that has a gradient, then of every average."""
+        if closure is not None:
+            raise ConfigError("AdamAtan2.step takes no closure; compute the gradient before it")
+        for group in self.param_groups:
+            # Parameters can differ in their step: those without gradient did not count some.
+            by_step: dict[int, list[torch.Tensor]] = {}
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    state = self.state[parameter]
+                    state["step"] += 1
+                    by_step.setdefault(state["step"], []).append(parameter)
+            for count, parameters in by_step.items():
+                self._update(parameters, count, group)
+            if group["ema_decay"] is not None:
+                averages = [self.state[parameter]["ema"] for parameter in group["params"]]
+                torch._foreach_lerp_(averages, group["params"], 1.0 - group["ema_decay"])
+
+    def _update(self, parameters: list[torch.Tensor], count: int, group: dict[str, Any]) -> None:
+        lr, weight_decay = group["lr"], group["weight_decay"]
+        beta1, beta2 = group["betas"]
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        first = [self.state[parameter]["exp_avg"] for parameter in parameters]
+        second = [self.state[parameter]["exp_avg_sq"] for parameter in parameters]
+        torch._foreach_mul_(parameters, 1.0 - lr * weight_decay)
+        torch._foreach_lerp_(first, gradients, 1.0 - beta1)
+        torch._foreach_mul_(second, beta2)
+        torch._foreach_addcmul_(second, gradients, gradients, value=1.0 - beta2)
+        scale = lr / (1.0 - beta1**count)
+        correction = math.sqrt(1.0 - beta2**count)
+        # One tensor at a time: temporaries of the size of a parameter, not of the model.
+        for parameter, m, v in zip(parameters, first, second, strict=True):
+            update = v.sqrt().div_(correction)
+            torch.atan2(m, update, out=update)
+            parameter.sub_(update.mul_(scale))
+
+    def set_lr(self, lr: float) -> None:
+        """Set the learning rate of every group."""
+        for group in self.param_groups:
+            group["lr"] = lr
+
+    def averages(self) -> list[torch.Tensor]:
+        """The averages, in the order of the parameters; ConfigError where none are kept."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        if any("ema" not in self.state[parameter] for parameter in parameters):
+            raise ConfigError("this optimizer keeps no average: ema_decay is None")
+        return [self.state[parameter]["ema"] for parameter in parameters]
+
+    def export_state(self, names: Mapping[str, torch.nn.Parameter]) -> dict[str, torch.Tensor]:
+        """Moments and step counts as `exp_avg.NAME`, `exp_avg_sq.NAME`, `step.NAME` tensors."""
+        tensors = {}
+        for name, parameter in names.items():
+            state = self.state[parameter]
+            for moment in _MOMENTS:
+                tensors[f"{moment}.{name}"] = state[moment]
+            tensors[f"step.{name}"] = torch.tensor(state["step"], dtype=torch.int64)
+        return tensors
+
+    @torch.no_grad()
+    def import_state(
+        self,
+        names: Mapping[str, torch.nn.Parameter],
+        tensors: Mapping[str, torch.Tensor],
+        averages: Mapping[str, torch.Tensor],
+    ) -> None:
+        """Take up what `export_state` gave, and the averages by parameter name.
+
+        Raises:
+            CheckpointError: a tensor is missing or has another shape.
+        """
+        for name, parameter in names.items():
+            state = self.state[parameter]
+            for moment in _MOMENTS:
+                state[moment].copy_(_tensor(tensors, f"{moment}.{name}", parameter))
+            if "ema" in state:
+                state["ema"].copy_(_tensor(averages, name, parameter))
+            if f"step.{name}" not in tensors:
+                raise CheckpointError(f"the optimizer state lacks step.{name}")
+            state["step"] = int(tensors[f"step.{name}"])
+
+
+def _tensor(
+    tensors: Mapping[str, torch.Tensor], name: str, parameter: torch.Tensor
+) -> torch.Tensor:
+    tensor = tensors.get(name)
+    if tensor is None or tensor.shape != parameter.shape:
+        got = "missing" if tensor is None else f"of shape {tuple(tensor.shape)}"
+        raise CheckpointError(
+            f"optimizer state: {name} is {got}, expected shape {tuple(parameter.shape)}"
+        )
+    return tensor

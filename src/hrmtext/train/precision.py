@@ -1,0 +1,92 @@
+"""fp32 master weights and the module that computes: the same one, or a bf16 copy of it.
+
+In bf16 the copy's gradients are added to fp32 gradients of the master weights after every
+microbatch, and the copy is refreshed from the master weights after every optimizer step. No
+autocast: what runs in which format is what the module's tensors say.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+from collections.abc import Iterator, Sequence
+
+import torch
+
+from hrmtext.errors import ConfigError
+from hrmtext.model import HrmLM
+
+
+class ComputeModel:
+    """The module for forward and backward beside the master weights that the optimizer updates."""
+
+    def __init__(self, master: HrmLM, dtype: torch.dtype) -> None:
+        """`master` holds fp32 weights (fp64 in tests); `dtype` is that of forward and backward."""
+        self.master = master
+        self.dtype = dtype
+        master_dtype = next(master.parameters()).dtype
+        if master_dtype not in (torch.float32, torch.float64):
+            raise ConfigError(f"master weights are {master_dtype}, expected torch.float32")
+        self.is_copy = dtype != master_dtype
+        self.module = copy.deepcopy(master).to(dtype) if self.is_copy else master
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = list(
+            zip(master.parameters(), self.module.parameters(), strict=True)
+        )
+        self._buffers: dict[int, torch.Tensor] = {}
+
+    def clear_gradients(self) -> None:
+        """Set every gradient to None: a parameter that gets none must be seen to have none."""
+        for master, computed in self._pairs:
+            master.grad = None
+            computed.grad = None
+
+    @torch.no_grad()
+    def collect_gradients(self) -> None:
+        """Add the copy's gradients to the master's in fp32; nothing to do without a copy."""
+        if not self.is_copy:
+            return
+        fresh: list[tuple[torch.Tensor, torch.Tensor]] = []
+        more: list[tuple[torch.Tensor, torch.Tensor]] = []
+        for index, (master, computed) in enumerate(self._pairs):
+            if computed.grad is None:
+                continue
+            if master.grad is None:
+                if index not in self._buffers:
+                    self._buffers[index] = torch.empty_like(master, requires_grad=False)
+                master.grad = self._buffers[index]
+                fresh.append((master.grad, computed.grad))
+            else:
+                more.append((master.grad, computed.grad))
+            computed.grad = None
+        if fresh:
+            torch._foreach_copy_([pair[0] for pair in fresh], [pair[1] for pair in fresh])
+        if more:
+            torch._foreach_add_([pair[0] for pair in more], [pair[1] for pair in more])
+
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Round the master weights into the copy."""
+        if self.is_copy:
+            copies = [computed for _, computed in self._pairs]
+            torch._foreach_copy_(copies, [master for master, _ in self._pairs])
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def using(self, weights: Sequence[torch.Tensor] | None) -> Iterator[HrmLM]:
+        """The module with other weights (the averages), in the order of the parameters.
+
+        None: with its own. On leaving, the master's weights are back bit for bit.
+        """
+        if weights is None:
+            yield self.module
+            return
+        computed = [pair[1] for pair in self._pairs]
+        kept = None if self.is_copy else [weight.detach().clone() for weight in computed]
+        try:
+            torch._foreach_copy_(computed, list(weights))
+            yield self.module
+        finally:
+            if kept is None:
+                self.refresh()
+            else:
+                torch._foreach_copy_(computed, kept)

@@ -1,0 +1,180 @@
+"""Adam-atan2: equal to its formula in fp64, exact averages, and parameters without gradient."""
+
+import math
+
+import pytest
+import torch
+
+from hrmtext.config import preset
+from hrmtext.errors import CheckpointError, ConfigError
+from hrmtext.model import build_model
+from hrmtext.model.depth import Depth
+from hrmtext.train.optim import AdamAtan2
+
+SHAPES = ((5, 3), (7,), (1, 4), (6, 6))
+
+
+def reference_step(p, g, m, v, t, *, lr, betas, weight_decay):
+    """The recipe's formula, one parameter, element by element in Python floats."""
+    b1, b2 = betas
+    p, m, v = (x.clone() for x in (p, m, v))
+    flat = (x.view(-1) for x in (p, g, m, v))
+    for i, (pi, gi, mi, vi) in enumerate(zip(*(x.tolist() for x in flat), strict=True)):
+        pi *= 1 - lr * weight_decay
+        mi = b1 * mi + (1 - b1) * gi
+        vi = b2 * vi + (1 - b2) * gi * gi
+        pi -= lr / (1 - b1**t) * math.atan2(mi, math.sqrt(vi) / math.sqrt(1 - b2**t))
+        p.view(-1)[i], m.view(-1)[i], v.view(-1)[i] = pi, mi, vi
+    return p, m, v
+
+
+def parameters(dtype, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return [
+        torch.nn.Parameter(torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype))
+        for shape in SHAPES
+    ]
+
+
+def gradients(step, scale=1.0):
+    generator = torch.Generator().manual_seed(100 + step)
+    return [torch.randn(s, generator=generator, dtype=torch.float64) * scale for s in SHAPES]
+
+
+@pytest.mark.parametrize("lr_kind", ["float", "tensor"])
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e9])
+def test_fp64_steps_equal_the_formula_at_any_gradient_scale(lr_kind, scale):
+    options = {"betas": (0.9, 0.95), "weight_decay": 0.1}
+    ours = parameters(torch.float64)
+    optimizer = AdamAtan2(ours, lr=0.01, ema_decay=None, **options)
+    theirs = [(p.detach().clone(), torch.zeros_like(p), torch.zeros_like(p)) for p in ours]
+    for step in range(1, 8):
+        lr = 0.01 / step
+        optimizer.set_lr(lr if lr_kind == "float" else torch.tensor(lr, dtype=torch.float64))
+        for i, gradient in enumerate(gradients(step, scale)):
+            ours[i].grad = gradient
+            theirs[i] = reference_step(
+                theirs[i][0], gradient, *theirs[i][1:], step, lr=lr, **options
+            )
+        optimizer.step()
+    for p, (q, _, _) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p.detach(), q, rtol=1e-13, atol=1e-14)
+
+
+def test_fp32_stays_within_rounding_of_fp64():
+    narrow, wide = parameters(torch.float32), parameters(torch.float64)
+    for p, q in zip(narrow, wide, strict=True):
+        q.data.copy_(p.data)
+    optimizers = [AdamAtan2(x, lr=0.01, ema_decay=0.9) for x in (narrow, wide)]
+    steps = 50
+    for step in range(steps):
+        for p, q, g in zip(narrow, wide, gradients(step), strict=True):
+            p.grad, q.grad = g.float(), g.float().double()
+        for optimizer in optimizers:
+            optimizer.step()
+    # Each step rounds the weight a few times and the update (below lr * pi/2) a few times.
+    budget = steps * 4 * torch.finfo(torch.float32).eps
+    for p, q in zip(narrow, wide, strict=True):
+        assert float(((p - q).abs() / (q.abs() + 0.05)).max().detach()) < budget
+
+
+def test_the_average_starts_at_the_initial_weights_and_is_exact():
+    ours = parameters(torch.float64)
+    expected = [p.detach().clone() for p in ours]
+    optimizer = AdamAtan2(ours, lr=0.1, ema_decay=0.75)
+    for step in range(6):
+        for p, g in zip(ours, gradients(step), strict=True):
+            p.grad = g
+        optimizer.step()
+        expected = [0.75 * e + 0.25 * p.detach() for e, p in zip(expected, ours, strict=True)]
+    for average, e in zip(optimizer.averages(), expected, strict=True):
+        torch.testing.assert_close(average, e, rtol=1e-14, atol=1e-15)
+
+
+def test_a_parameter_without_gradient_is_left_alone_but_its_average_moves_on():
+    ours = parameters(torch.float64)
+    before = ours[1].detach().clone()
+    optimizer = AdamAtan2(ours, lr=0.1, weight_decay=0.5, ema_decay=0.5)
+    ours[1].grad = gradients(0)[1]
+    optimizer.step()
+    moved = ours[1].detach().clone()
+    assert not torch.equal(before, moved)
+    state = optimizer.state[ours[1]]
+    moments = state["exp_avg"].clone(), state["exp_avg_sq"].clone()
+    ours[1].grad = None
+    for _ in range(3):
+        optimizer.step()
+    assert torch.equal(ours[1].detach(), moved)
+    assert state["step"] == 1
+    assert torch.equal(state["exp_avg"], moments[0])
+    assert torch.equal(state["exp_avg_sq"], moments[1])
+    expected = before
+    for _ in range(4):
+        expected = expected.lerp(moved, 0.5)
+    torch.testing.assert_close(state["ema"], expected)
+
+
+def test_bias_correction_counts_each_parameter_by_itself():
+    late, fresh = parameters(torch.float64), parameters(torch.float64)
+    first = AdamAtan2(late, lr=0.1, ema_decay=None)
+    for _ in range(5):
+        late[0].grad = gradients(9)[0]
+        first.step()
+    late[2].grad = fresh[2].grad = gradients(3)[2]
+    first.step()
+    second = AdamAtan2(fresh, lr=0.1, ema_decay=None)
+    second.step()
+    assert torch.equal(late[2].detach(), fresh[2].detach())
+
+
+def test_at_two_backward_steps_the_embedding_is_skipped():
+    from hrmtext.batch import PackedBatch
+    from hrmtext.model import make_plan
+
+    config = preset("test")
+    model = build_model(config, seed=0)
+    optimizer = AdamAtan2(model.parameters(), lr=0.1)
+    batch = PackedBatch.from_rows([([1, 2, 3], [4, 5])])
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    for bp_steps, moves in ((2, False), (8, True)):
+        optimizer.zero_grad(set_to_none=True)
+        plan = make_plan(batch.layout)
+        depth = Depth.from_bp_steps(config, bp_steps)
+        model(batch.tokens, batch.positions, plan, depth=depth).logits.logsumexp(
+            -1
+        ).sum().backward()
+        optimizer.step()
+        name = "model.embed_tokens.weight"
+        changed = not torch.equal(dict(model.named_parameters())[name], before[name])
+        assert changed == moves, bp_steps
+        assert not torch.equal(model.lm_head.weight, before["lm_head.weight"])
+
+
+def test_exported_state_goes_on_bit_for_bit():
+    names = ("a", "b", "c", "d")
+    ours, theirs = parameters(torch.float32), parameters(torch.float32)
+    first = AdamAtan2(ours, lr=0.1, ema_decay=0.9)
+    for step in range(4):
+        for i, (p, g) in enumerate(zip(ours, gradients(step), strict=True)):
+            p.grad = None if i == 3 and step < 2 else g.float()
+        first.step()
+    second = AdamAtan2(theirs, lr=0.1, ema_decay=0.9)
+    exported = first.export_state(dict(zip(names, ours, strict=True)))
+    averages = dict(zip(names, first.averages(), strict=True))
+    for p, q in zip(ours, theirs, strict=True):
+        q.data.copy_(p.data)
+    second.import_state(dict(zip(names, theirs, strict=True)), exported, averages)
+    for p, q, g in zip(ours, theirs, gradients(7), strict=True):
+        p.grad, q.grad = g.float(), g.float()
+    first.step()
+    second.step()
+    for p, q in zip([*ours, *first.averages()], [*theirs, *second.averages()], strict=True):
+        assert torch.equal(p, q)
+    del exported["exp_avg_sq.c"]
+    with pytest.raises(CheckpointError, match=r"exp_avg_sq\.c is missing"):
+        second.import_state(dict(zip(names, theirs, strict=True)), exported, averages)
+
+
+def test_bf16_weights_are_refused():
+    with pytest.raises(ConfigError, match="fp32 master weights"):
+        AdamAtan2([torch.nn.Parameter(torch.zeros(2, dtype=torch.bfloat16))], lr=0.1)

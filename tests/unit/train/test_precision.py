@@ -1,0 +1,113 @@
+"""The bf16 compute copy equals one made by hand, and the guard stops before any change."""
+
+import copy
+
+import pytest
+import torch
+from memory_source import random_rows, small_config
+from test_loss import CONFIG, CPU, step_batch
+
+from hrmtext.errors import ConfigError, NonFiniteError
+from hrmtext.model import build_model
+from hrmtext.model.depth import Depth
+from hrmtext.train.loss import Microbatch, forward_loss
+from hrmtext.train.optim import AdamAtan2
+from hrmtext.train.precision import ComputeModel
+from hrmtext.train.step import TrainStep
+
+
+def make_step(dtype, **changes):
+    model = build_model(CONFIG, seed=0)
+    compute = ComputeModel(model, dtype)
+    optimizer = AdamAtan2(model.parameters(), lr=0.1, ema_decay=0.9)
+    return TrainStep(compute, optimizer, small_config(**changes), CPU)
+
+
+def test_bf16_gradients_are_summed_in_fp32_over_a_hand_made_copy():
+    step = make_step(torch.bfloat16)
+    batch = step_batch(random_rows(10), 4)
+    depth = Depth.from_bp_steps(CONFIG, 5)
+    expected = {}
+    for packed in batch.bins:
+        by_hand = copy.deepcopy(step.compute.master).to(torch.bfloat16)
+        micro = Microbatch.prepare(packed, device=CPU, dtype=torch.bfloat16)
+        forward_loss(
+            by_hand, micro, depth=depth, scale=1 / batch.num_supervised_tokens, chunk_bytes=1 << 20
+        ).total.backward()
+        for name, p in by_hand.named_parameters():
+            expected[name] = expected.get(name, 0) + p.grad.float()
+    for _ in range(2):  # the second time with buffers that hold old values
+        step.accumulate(batch, depth)
+        for name, p in step.compute.master.named_parameters():
+            assert p.grad.dtype == torch.float32
+            assert torch.equal(p.grad, expected[name]), name
+
+
+def test_after_a_step_the_copy_is_the_rounded_master():
+    step = make_step(torch.bfloat16)
+    before = step.compute.module.lm_head.weight.detach().clone()
+    step.run(step_batch(random_rows(4), 4), depth=Depth.from_bp_steps(CONFIG, 2), lr=0.1, step=0)
+    assert not torch.equal(step.compute.module.lm_head.weight, before)
+    pairs = zip(step.compute.master.parameters(), step.compute.module.parameters(), strict=True)
+    for master, computed in pairs:
+        assert master.dtype == torch.float32
+        assert torch.equal(master.to(torch.bfloat16), computed)
+
+
+def test_at_two_backward_steps_the_master_embedding_has_no_gradient_either():
+    step = make_step(torch.bfloat16)
+    batch = step_batch(random_rows(4), 2)
+    step.accumulate(batch, Depth.from_bp_steps(CONFIG, 3))
+    assert step.compute.master.model.embed_tokens.weight.grad is not None
+    step.accumulate(batch, Depth.from_bp_steps(CONFIG, 2))
+    assert step.compute.master.model.embed_tokens.weight.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_borrowed_weights_are_used_and_the_own_come_back_bit_for_bit(dtype):
+    compute = make_step(dtype).compute
+    own = [p.detach().clone() for p in compute.module.parameters()]
+    other = [torch.full_like(p, 0.25, dtype=torch.float32) for p in own]
+    with pytest.raises(RuntimeError, match="inside"), compute.using(other) as module:
+        assert all(bool((p == 0.25).all()) for p in module.parameters())
+        raise RuntimeError("inside")
+    for p, q in zip(compute.module.parameters(), own, strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_a_planted_non_finite_value_stops_before_anything_changes(dtype, bad):
+    step = make_step(dtype)
+    batch = step_batch(random_rows(8), 4)
+    step.run(batch, depth=Depth.from_bp_steps(CONFIG, 5), lr=0.01, step=0)
+    with torch.no_grad():
+        step.compute.module.lm_head.weight[3, 2] = bad
+    optimizer = step.optimizer
+    tensors = [*step.compute.master.parameters(), *optimizer.averages()]
+    tensors += [s[n] for s in optimizer.state.values() for n in ("exp_avg", "exp_avg_sq")]
+    before = [t.detach().clone() for t in tensors]
+    counts = [s["step"] for s in optimizer.state.values()]
+    with pytest.raises(NonFiniteError, match="step 7: the gradient is not finite"):
+        step.run(batch, depth=Depth.from_bp_steps(CONFIG, 5), lr=0.01, step=7)
+    for t, b in zip(tensors, before, strict=True):
+        torch.testing.assert_close(t.detach(), b, rtol=0, atol=0, equal_nan=True)
+    assert counts == [s["step"] for s in optimizer.state.values()]
+
+
+def test_bf16_master_weights_are_refused():
+    with pytest.raises(ConfigError, match="master weights"):
+        ComputeModel(build_model(CONFIG, seed=0, dtype=torch.bfloat16), torch.bfloat16)
+
+
+def test_eight_rows_are_learned_by_heart_in_fp32_and_bf16():
+    rows = random_rows(8, seed=4)
+    batch = step_batch(rows, 8)
+    for dtype in (torch.float32, torch.bfloat16):
+        step = make_step(dtype)
+        for index in range(150):
+            lr = 0.01 if index < 100 else 0.002
+            result = step.run(batch, depth=Depth.from_bp_steps(CONFIG, 5), lr=lr, step=index)
+        loss, _, exact, _ = result.sums.tolist()
+        assert loss / batch.num_supervised_tokens < 0.02, dtype
+        assert exact == 8, dtype
