@@ -64,7 +64,7 @@ class TrainConfig:
     bin_tokens: int | None = None
     """Tokens of one forward pass; a step accumulates over its bins. None: a step is one bin."""
     pad_bins: bool = False
-    """Pad every bin to `bin_tokens`, so that compiled kernels meet one shape."""
+    """Pad every bin to `bin_tokens`, so that compiled kernels meet one shape; see `compile`."""
 
     lr: float = 2.2e-4
     """Peak learning rate."""
@@ -93,7 +93,7 @@ class TrainConfig:
     attention: str = "auto"
     """Attention backend by name."""
     compile: bool | Literal["auto"] = "auto"
-    """Compile the blocks of the model."""
+    """Compile the blocks of the model; auto: on CUDA with `pad_bins`."""
     loss_chunk_bytes: int = 268_435_456
     """Logits are computed for so many rows at a time that their fp32 form stays below this."""
 

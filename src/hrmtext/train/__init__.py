@@ -1,0 +1,1 @@
+"""Training: optimizer, schedules, loss, loop, checkpoints, validation, report."""

@@ -1,0 +1,347 @@
+"""The training loop: schedule, steps, log, validation, checkpoints, interruption, resume."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from hrmtext.artifacts.layout import RunFolder, describe_versions
+from hrmtext.config.base import dump_yaml
+from hrmtext.config.train import TrainConfig
+from hrmtext.errors import CheckpointError, ConfigError, TrainingInterrupted
+from hrmtext.model import build_model
+from hrmtext.model.depth import Depth
+from hrmtext.model.flops import training_flops
+from hrmtext.runtime import dist
+from hrmtext.runtime.compile import compile_blocks
+from hrmtext.runtime.device import pick_device, pick_dtype
+from hrmtext.runtime.log import logger
+from hrmtext.train.checkpoint import RunIdentity, load_checkpoint, save_checkpoint
+from hrmtext.train.metrics import Interval, MetricsLog, Stopwatch, peak_flops
+from hrmtext.train.optim import AdamAtan2
+from hrmtext.train.parallel import any_rank, process_group, wait_for_all
+from hrmtext.train.precision import ComputeModel
+from hrmtext.train.progress import TrainingProgress
+from hrmtext.train.report import write_report
+from hrmtext.train.schedule import depth_at, learning_rate
+from hrmtext.train.signals import StopRequest
+from hrmtext.train.source import DataSource, StepBatch
+from hrmtext.train.state import TrainState
+from hrmtext.train.step import StepResult, TrainStep
+from hrmtext.train.validate import Validation, validate
+
+Resume = Literal["auto", "never", "must"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a run ended."""
+
+    run_folder: Path
+    checkpoint: Path
+    """The last one."""
+    step: int
+    total_steps: int
+    tokens: int
+    elapsed_s: float
+    """Training time over all interruptions."""
+    stopped_by: Literal["end", "max_minutes"]
+    validation: Validation | None
+    """The last one of this session; None where nothing was left to do, or without held-out rows."""
+
+
+def train_on(
+    config: TrainConfig,
+    source: DataSource,
+    *,
+    run_folder: str | Path,
+    resume: Resume = "auto",
+    device: str | None = None,
+    progress: str = "auto",
+) -> TrainResult:
+    """Train on any data source; `train` is the same on a prepared data folder.
+
+    Args:
+        run_folder: made if absent; what it holds is never overwritten.
+        resume: `auto` continues the run that is there or starts one, `never` only starts, `must`
+            only continues.
+        device: cpu, cuda, cuda:N; None: CUDA where there is one.
+        progress: auto, bar, lines or none.
+
+    Raises:
+        ConfigError, CheckpointError, StorageError, NonFiniteError: as their messages say.
+        TrainingInterrupted: SIGINT or SIGTERM came; a checkpoint of the last step is written.
+    """
+    with process_group(pick_device(device)) as own_device, StopRequest() as stop:
+        session = Session(config, source, RunFolder(run_folder), own_device, stop)
+        session.begin(resume)
+        return session.run(progress)
+
+
+class Session:
+    """One process's part in a run, from start or resume to the end or an interruption."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        source: DataSource,
+        folder: RunFolder,
+        device: torch.device,
+        stop: StopRequest,
+    ) -> None:
+        self.config, self.source, self.folder, self.device = config, source, folder, device
+        self.stop = stop
+        self.is_writer = dist.rank() == 0
+        self.model_config = config.model.resolve()
+        check_data(config, source)
+        dtype = pick_dtype(config.precision, device)
+        self.total_steps = config.max_steps or source.num_steps(config)
+        self.identity = RunIdentity(
+            config=config,
+            data_fingerprint=source.fingerprint,
+            precision="bf16" if dtype == torch.bfloat16 else "fp32",
+            total_steps=self.total_steps,
+        )
+        model = build_model(self.model_config, seed=config.seed, device=device)
+        optimizer = AdamAtan2(
+            model.parameters(),
+            lr=config.lr,
+            betas=config.betas,
+            weight_decay=config.weight_decay,
+            ema_decay=config.ema_decay,
+        )
+        self.state = TrainState(model=model, optimizer=optimizer)
+        self.compute = ComputeModel(model, dtype)
+        self.step = TrainStep(self.compute, optimizer, config, device)
+        self.loader = source.loader(config, dist.rank(), dist.world_size())
+        self.interval = Interval(device)
+        self.watch = Stopwatch()
+        self.last_validation: Validation | None = None
+
+    def begin(self, resume: Resume) -> None:
+        """Start the run folder, or bring the state to its latest checkpoint."""
+        if resume not in ("auto", "never", "must"):
+            raise ConfigError(f"resume is {resume!r}, expected auto, never or must")
+        checkpoint = self._checkpoint_to_resume(resume)
+        wait_for_all()  # the writer starts the folder only after every rank has looked at it
+        if self.is_writer:
+            if self.folder.exists:
+                for leftover in self.folder.remove_leftovers():
+                    logger.info("removed %s, left by an interrupted run", leftover)
+            else:
+                facts = describe_versions(self.device, self.source.fingerprint)
+                self.folder.start(dump_yaml(self.config), facts)
+        if checkpoint is not None:
+            load_checkpoint(checkpoint, self.state, self.identity)
+            self.compute.refresh()
+            self.loader.restore(self.state.cursor)
+            self.interval.restore(self.state.interval)
+            logger.info("resuming at step %d from %s", self.state.step, checkpoint)
+        compile_blocks(
+            self.compute.module,
+            self.config.compile,
+            device=self.device,
+            fixed_shapes=self.config.pad_bins,
+        )
+
+    def _checkpoint_to_resume(self, resume: Resume) -> Path | None:
+        if resume == "never":
+            if self.folder.exists:
+                raise CheckpointError(
+                    f"{self.folder.path} holds a run already; resume it (resume=auto), or name "
+                    "another folder"
+                )
+            return None
+        if resume == "must" or self.folder.checkpoints():
+            return self.folder.latest()
+        return None
+
+    def run(self, progress: str) -> TrainResult:
+        """Step until the end, the time budget or a signal."""
+        began = time.perf_counter() - self.state.elapsed_s
+        self.began = began
+        log = None
+        shown = TrainingProgress(progress if self.is_writer else "none", self.total_steps)
+        if self.is_writer:
+            log = MetricsLog(
+                self.folder, resumed_step=self.state.step, tensorboard=self.config.tensorboard
+            )
+        try:
+            stopped_by = self._steps(log, shown)
+        finally:
+            shown.close()
+            if log is not None:
+                log.close()
+        checkpoint = self.folder.checkpoint_path(self.state.step)
+        if self.is_writer:
+            write_report(self.folder)
+        return TrainResult(
+            run_folder=self.folder.path,
+            checkpoint=checkpoint,
+            step=self.state.step,
+            total_steps=self.total_steps,
+            tokens=self.state.tokens,
+            elapsed_s=self.state.elapsed_s,
+            stopped_by=stopped_by,
+            validation=self.last_validation,
+        )
+
+    def _steps(
+        self, log: MetricsLog | None, shown: TrainingProgress
+    ) -> Literal["end", "max_minutes"]:
+        batches = iter(self.loader)
+        stopped_by: Literal["end", "max_minutes"] = "end"
+        saved = self.state.step if self.state.step else -1
+        self.watch.take()
+        while self.state.step < self.total_steps:
+            if self._out_of_time():
+                stopped_by = "max_minutes"
+                break
+            self._one_step(next(batches), log, shown)
+            step, config = self.state.step, self.config
+            is_last = step == self.total_steps
+            self.watch.pause()
+            if is_last or (config.validate_every and step % config.validate_every == 0):
+                self._validate(log, shown)
+            interrupted = any_rank(self.stop.signal_name is not None, self.device)
+            if is_last or interrupted or step % config.checkpoint_every == 0:
+                self._save(log)
+                saved = step
+            if interrupted and not is_last:
+                raise TrainingInterrupted(
+                    f"{self.stop.signal_name or 'a signal on another rank'}: stopped after step "
+                    f"{step} of {self.total_steps}; the checkpoint "
+                    f"{self.folder.checkpoint_path(step)} is complete. Run the same command again "
+                    "to go on from there"
+                )
+            self.watch.go_on()
+        if saved != self.state.step:  # out of time between two checkpoints
+            self._validate(log, shown)
+            self._save(log)
+        return stopped_by
+
+    def _one_step(self, batch: StepBatch, log: MetricsLog | None, shown: TrainingProgress) -> None:
+        state = self.state
+        lr = learning_rate(state.step, self.config, self.total_steps)
+        depth = depth_at(state.step, self.config, self.model_config, self.total_steps)
+        result = self.step.run(batch, depth=depth, lr=lr, step=state.step)
+        state.step += 1
+        state.tokens += batch.num_tokens
+        state.supervised_tokens += batch.num_supervised_tokens
+        self._count(batch, depth, result)
+        if state.step % self.config.log_every == 0 or state.step == self.total_steps:
+            record = self._record(batch, depth, lr)
+            if log is not None:
+                log.write(record)
+            shown.update(record, self._time_left(record))
+
+    def _count(self, batch: StepBatch, depth: Depth, result: StepResult) -> None:
+        seen = sum(int(packed.layout.visible_end.sum()) for packed in batch.bins)
+        own_tokens = sum(sum(packed.layout.lengths) for packed in batch.bins)
+        flops = batch.num_tokens * training_flops(
+            self.model_config,
+            depth,
+            context_tokens=seen / max(1, own_tokens),
+            head_share=batch.num_supervised_tokens / max(1, batch.num_tokens),
+        )
+        self.interval.add(
+            result.sums,
+            steps=1,
+            tokens=batch.num_tokens,
+            supervised_tokens=batch.num_supervised_tokens,
+            flops=flops,
+            gradient_norm=result.gradient_norm,
+        )
+
+    def _record(self, batch: StepBatch, depth: Depth, lr: float) -> dict[str, Any]:
+        means = self.interval.take()
+        seconds = max(1e-9, self.watch.take())
+        flops_per_s = means.pop("interval_flops") / seconds
+        timing: dict[str, float] = {
+            "tokens_per_s": means.pop("interval_tokens") / seconds,
+            "flops_per_s": flops_per_s,
+            "elapsed_s": time.perf_counter() - self.began,
+        }
+        peak = peak_flops(self.device)
+        if peak is not None:
+            timing["share_of_peak"] = flops_per_s / (peak * dist.world_size())
+        return {
+            "kind": "train",
+            "step": self.state.step,
+            "epoch": batch.epoch,
+            **means,
+            "lr": lr,
+            "bp_steps": depth.num_gradient_calls,
+            "tokens": self.state.tokens,
+            "supervised_tokens": self.state.supervised_tokens,
+            "timing": timing,
+        }
+
+    def _time_left(self, record: dict[str, Any]) -> float | None:
+        tokens_per_step = self.state.tokens / self.state.step
+        steps = self.total_steps - self.state.step
+        left = steps * tokens_per_step / max(1e-9, record["timing"]["tokens_per_s"])
+        if self.config.max_minutes is not None:
+            left = min(left, self.config.max_minutes * 60 - record["timing"]["elapsed_s"])
+        return left
+
+    def _out_of_time(self) -> bool:
+        if self.config.max_minutes is None:
+            return False
+        late = time.perf_counter() - self.began > self.config.max_minutes * 60
+        return any_rank(late, self.device)
+
+    def _validate(self, log: MetricsLog | None, shown: TrainingProgress) -> None:
+        batches = self.source.validation(self.config)
+        if not batches:
+            return
+        results = {}
+        for name, weights in (("raw", None), ("ema", self.state.optimizer.averages())):
+            with self.compute.using(weights) as module:
+                results[name] = validate(
+                    module,
+                    batches,
+                    device=self.device,
+                    dtype=self.compute.dtype,
+                    backend=self.config.attention,
+                    chunk_bytes=self.config.loss_chunk_bytes,
+                )
+        self.last_validation = Validation(self.state.step, results["raw"], results["ema"])
+        if log is not None:
+            log.write(self.last_validation.record())
+        shown.say(
+            f"validation at step {self.state.step}: "
+            + "; ".join(
+                f"{name} loss {value['loss']:.4f}, answers right {100 * value['exact_answer']:.1f}%"
+                for name, value in results.items()
+            )
+        )
+
+    def _save(self, log: MetricsLog | None) -> None:
+        self.state.elapsed_s = time.perf_counter() - self.began
+        self.state.cursor = self.loader.state()
+        self.state.interval = self.interval.state()
+        if self.is_writer:
+            if log is not None:
+                log.sync()
+            save_checkpoint(self.folder, self.state, self.identity, self.source.tokenizer_folder)
+        wait_for_all()
+
+
+def check_data(config: TrainConfig, source: DataSource) -> None:
+    """Refuse data that the model cannot hold."""
+    model = config.model
+    if source.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"the data's tokenizer has {source.vocab_size} tokens, but model.vocab_size is "
+            f"{model.vocab_size}; set it to at least that"
+        )
+    if source.max_seq_len > model.max_seq_len:
+        raise ConfigError(
+            f"the data has rows of up to {source.max_seq_len} tokens, but model.max_seq_len is "
+            f"{model.max_seq_len}; raise it, or sample the data with a shorter context"
+        )
