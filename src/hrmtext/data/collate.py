@@ -1,0 +1,79 @@
+"""Rows of a token array to packed batches, by index arithmetic."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from hrmtext.batch import IGNORE, PackedBatch, RowLayout
+from hrmtext.data.format import RowIndex
+from hrmtext.errors import DataError
+
+
+def pack_rows(
+    tokens: npt.NDArray[Any],
+    index: RowIndex,
+    *,
+    row_ids: npt.NDArray[Any] | None = None,
+    num_tokens: int | None = None,
+    pad_token: int = 0,
+    prefix_lm: bool = True,
+) -> PackedBatch:
+    """What `PackedBatch.from_rows` gives for the rows of `index`, at the speed of numpy.
+
+    Args:
+        tokens: the token array that `index` points into.
+        index: R rows, checked before (`read_index`); R may be 0 where `num_tokens` is given.
+        row_ids: (R) numbers to carry along.
+        num_tokens: T, to pad the stream to a fixed size; default: no padding.
+        prefix_lm: False makes every row causal.
+
+    Raises:
+        DataError: more tokens than `num_tokens`, or an empty batch of no size.
+    """
+    prompt = index.inst_len.astype(np.int64)  # (R)
+    whole = prompt + index.resp_len.astype(np.int64)  # (R)
+    inputs = whole - 1  # (R)
+    used = int(inputs.sum())
+    size = used if num_tokens is None else num_tokens
+    if used > size or size < 1:
+        raise DataError(f"rows have {used} tokens, but the stream {size}")
+
+    # Every token of every row, at its place in the token array.
+    row = np.repeat(np.arange(len(whole)), whole)  # (S)
+    position = np.arange(len(row)) - np.repeat(np.cumsum(whole) - whole, whole)  # (S)
+    place = np.where(
+        position < prompt[row],
+        index.inst_start.astype(np.int64)[row] + position,
+        index.resp_start.astype(np.int64)[row] + position - prompt[row],
+    )
+    values = tokens[place].astype(np.int64)  # (S)
+
+    is_input = position < inputs[row]
+    is_target = position > 0
+    stream = np.full(size, pad_token, np.int64)  # (T)
+    stream[:used] = values[is_input]
+    labels = np.full(size, IGNORE, np.int64)  # (T)
+    supervised = (position >= prompt[row])[is_target]
+    labels[:used] = np.where(supervised, values[is_target], IGNORE)
+    positions = np.arange(size, dtype=np.int64) - used  # (T); padding counts from 0
+    positions[:used] = position[is_input]
+    visible_end = np.zeros(size, np.int64)  # (T)
+    visible_end[:used] = positions[:used] + 1
+    if prefix_lm:
+        np.maximum(visible_end[:used], prompt[row][is_input], out=visible_end[:used])
+    layout = RowLayout(
+        num_tokens=size,
+        lengths=tuple(inputs.tolist()),
+        visible_end=torch.from_numpy(visible_end),
+    )
+    return PackedBatch(
+        tokens=torch.from_numpy(stream),
+        labels=torch.from_numpy(labels),
+        positions=torch.from_numpy(positions),
+        layout=layout,
+        row_ids=() if row_ids is None else tuple(np.asarray(row_ids).tolist()),
+    )
