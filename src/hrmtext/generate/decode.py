@@ -1,0 +1,186 @@
+"""One batch from prompts to tokens: packed prefill, then a token a row and step over a KV cache.
+
+Letters: B rows still decoding, R rows of the batch, S tokens that an answer may have, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from hrmtext.batch import RowLayout
+from hrmtext.errors import NonFiniteError
+from hrmtext.generate.sampling import Sampler
+from hrmtext.generate.stop import answer_lengths
+from hrmtext.model import AttentionPlan, Depth, HrmLM, KVCache, make_plan
+
+SHRINK_BELOW = 0.75
+"""Rows leave the cache once this share or less is unfinished: the copy costs about two steps."""
+GROWTH = 1.5
+MIN_GROWTH_TOKENS = 64
+CUDA_STEPS_PER_CHECK = 8
+"""On CUDA the host asks for the finished rows only so often: each answer stops the pipeline."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodeSettings:
+    """What all rows of a batch share."""
+
+    stop: torch.Tensor
+    """(V) bool, see `stop_table`."""
+    depth: Depth | None = None
+    guidance: float = 0.0
+    backend: str = "auto"
+    with_logprobs: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class DecodedRow:
+    """Tokens of one answer, its stop token included."""
+
+    tokens: list[int]
+    stopped: bool
+    """False: the limit came first."""
+    logprobs: list[float] | None
+    """Log-probability of each token in the model's own distribution (temperature 1, no cut)."""
+
+
+@torch.inference_mode()
+def decode_batch(
+    model: HrmLM,
+    prompts: Sequence[Sequence[int]],
+    owners: Sequence[int],
+    limits: Sequence[int],
+    sampler: Sampler,
+    settings: DecodeSettings,
+) -> list[DecodedRow]:
+    """Decode one answer a row; every prompt is read once, however many rows it has.
+
+    Args:
+        owners: (R) index in `prompts` of the prompt that row r answers.
+        limits: (R) tokens that an answer may have; prompt and limit fit max_seq_len.
+
+    Raises:
+        NonFiniteError: the logits of the prompts are NaN or infinite.
+    """
+    device = model.lm_head.weight.device
+    lengths = np.asarray([len(prompts[owner]) for owner in owners])  # (R)
+    row_limits = np.asarray(limits)  # (R)
+    most = int(row_limits.max())
+    final_capacity = int((lengths + row_limits).max())
+    capacity = min(final_capacity, int(lengths.max()) + MIN_GROWTH_TOKENS)
+    cache = KVCache(
+        model.config, len(prompts), capacity, device=device, dtype=model.lm_head.weight.dtype
+    )
+    logits = prefill(model, cache, prompts, settings)
+    if not bool(logits.isfinite().all()):
+        raise NonFiniteError("the model's logits are NaN or infinite; are its weights damaged?")
+    if list(owners) != list(range(len(prompts))):
+        copies = torch.tensor(owners, device=device)
+        cache.keep(copies)
+        logits = logits.index_select(0, copies)
+
+    num_rows = len(lengths)
+    tokens = torch.zeros(num_rows, most, dtype=torch.int64, device=device)  # (R, S)
+    logprobs = torch.zeros(num_rows, most, device=device) if settings.with_logprobs else None
+    rows = torch.arange(num_rows, device=device)  # (B) row that each cache row decodes
+    host_rows = np.arange(num_rows)
+    done = torch.zeros(num_rows, dtype=torch.bool, device=device)  # (B)
+    ends = set(row_limits.tolist())
+    steps_per_check = 1 if device.type == "cpu" else CUDA_STEPS_PER_CHECK
+    for step in range(1, most + 1):
+        chosen = sampler(logits, step - 1)  # (B)
+        tokens[rows, step - 1] = chosen
+        if logprobs is not None:
+            logprobs[rows, step - 1] = _logprob(logits, chosen)
+        done |= settings.stop[chosen]
+        if step in ends or step % steps_per_check == 0:
+            at_limit = row_limits[host_rows] <= step
+            live = ~(done.cpu().numpy() | at_limit)
+            if not live.any():
+                break
+            if at_limit.any() or live.mean() <= SHRINK_BELOW:
+                host_rows = host_rows[live]
+                kept = torch.from_numpy(np.flatnonzero(live)).to(device)
+                rows, done, chosen = (t.index_select(0, kept) for t in (rows, done, chosen))
+                sampler.keep(kept)
+                cache.keep(kept)
+                cache.longest = int(lengths[host_rows].max()) + step - 1
+        if cache.longest >= cache.capacity:
+            grow(cache, final_capacity)
+        plan = cache.decode()
+        logits = _logits(model, chosen, plan.positions, plan, settings)
+        plan.commit()
+    return _collect(tokens, logprobs, torch.from_numpy(row_limits), settings.stop)
+
+
+def prefill(
+    model: HrmLM, cache: KVCache, prompts: Sequence[Sequence[int]], settings: DecodeSettings
+) -> torch.Tensor:
+    """Fill the cache with the prompts, packed without padding; (prompts, V) logits behind each."""
+    device = cache.keys.device
+    lengths = [len(prompt) for prompt in prompts]
+    layout = RowLayout.from_prefixes(
+        lengths, lengths if model.config.prefix_lm else [0] * len(lengths)
+    )
+    attention = make_plan(layout, device=device, dtype=cache.keys.dtype, backend=settings.backend)
+    plan = cache.prefill(layout, attention)
+    tokens = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
+    last = plan.lengths.cumsum(0) - 1
+    logits = _logits(
+        model, torch.from_numpy(tokens).to(device), plan.columns, plan, settings, select=last
+    )
+    plan.commit()
+    return logits
+
+
+def guided(first: torch.Tensor, last: torch.Tensor, weight: float) -> torch.Tensor:
+    """Auto-guidance: (1 + w) * logits after the last H cycle - w * logits after the first."""
+    return (1 + weight) * last - weight * first
+
+
+def grow(cache: KVCache, final_capacity: int) -> None:
+    """Enlarge a full cache, by half its size or more, to at most `final_capacity`."""
+    wanted = max(int(cache.capacity * GROWTH), cache.capacity + MIN_GROWTH_TOKENS)
+    extra = min(wanted, final_capacity) - cache.capacity
+    cache.keys = F.pad(cache.keys, (0, 0, 0, extra))
+    cache.values = F.pad(cache.values, (0, 0, 0, extra))
+
+
+def _logits(
+    model: HrmLM,
+    tokens: torch.Tensor,
+    positions: torch.Tensor,
+    plan: AttentionPlan,
+    settings: DecodeSettings,
+    select: torch.Tensor | None = None,
+) -> torch.Tensor:
+    out = model(tokens, positions, plan, depth=settings.depth, select=select)
+    if settings.guidance == 0:
+        return out.logits
+    return guided(model.head(out.states[0], select), out.logits, settings.guidance)
+
+
+def _logprob(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:
+    wide = logits.float()
+    return wide.gather(1, chosen[:, None]).squeeze(1) - wide.logsumexp(-1)
+
+
+def _collect(
+    tokens: torch.Tensor, logprobs: torch.Tensor | None, limits: torch.Tensor, stop: torch.Tensor
+) -> list[DecodedRow]:
+    counts, stopped = answer_lengths(stop[tokens].cpu(), limits)
+    listed = tokens.cpu().numpy()
+    values = None if logprobs is None else logprobs.cpu().numpy()
+    return [
+        DecodedRow(
+            tokens=listed[row, :count].tolist(),
+            stopped=ended,
+            logprobs=None if values is None else values[row, :count].tolist(),
+        )
+        for row, (count, ended) in enumerate(zip(counts.tolist(), stopped.tolist(), strict=True))
+    ]
