@@ -1,0 +1,216 @@
+"""How fast is a training step against transformers' own model, each side at its best setting?
+
+Same weights, same rows, same depth of backpropagation (`L_bp_cycles`), one optimizer step each:
+ours with packed rows and Adam-atan2 with EMA, theirs with padded rows and torch's fused AdamW. The
+best setting of each side is found first, then both are timed in turn.
+
+    python benchmarks/train_step.py [--rounds 12] [--preset micro] [--batch-tokens 4096]
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import random
+import statistics
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import torch
+from common import interleave, matmul_flops, ratios, summary, write_result
+
+from hrmtext.artifacts.hf_folder import to_hf_config, to_split
+from hrmtext.batch import IGNORE, PackedBatch
+from hrmtext.config.model import preset
+from hrmtext.config.train import TrainConfig
+from hrmtext.model import Depth, build_model
+from hrmtext.model.flops import training_flops
+from hrmtext.runtime.device import pick_device
+from hrmtext.train.optim import AdamAtan2
+from hrmtext.train.precision import ComputeModel
+from hrmtext.train.step import TrainStep
+
+Rows = list[tuple[list[int], list[int]]]
+L_BP_CYCLES = (0, 3)
+"""Gradient through both H calls and the last three L calls: bp_steps=5, the recipe's depth."""
+
+
+def quickstart_like_rows(tokens: int, vocab_size: int, seed: int) -> Rows:
+    """Rows with the quickstart's lengths: four kinds of prompt, short answers."""
+    rng = random.Random(seed)
+    kinds = [(18, 2, 4), (29, 2, 4), (35, 4, 8), (66, 10, 22), (90, 5, 18)]
+    rows: Rows = []
+    used = 0
+    while True:
+        prompt, shortest, longest = rng.choice(kinds)
+        lengths = prompt + rng.randint(-2, 4), rng.randint(shortest, longest)
+        if used + sum(lengths) - 1 > tokens:
+            return rows
+        used += sum(lengths) - 1
+        rows.append(tuple([rng.randrange(32, vocab_size) for _ in range(n)] for n in lengths))  # type: ignore[arg-type]
+
+
+def our_side(config, rows: Rows, device: torch.device, dtype: torch.dtype) -> Callable[[], float]:
+    """One optimizer step of ours."""
+    model = build_model(config, seed=0, device=device)
+    optimizer = AdamAtan2(model.parameters(), lr=1e-4)
+    train = TrainConfig(
+        model={"preset": None, **vars(config)},  # pyrefly: ignore[bad-argument-type]
+        batch_tokens=1 << 20,
+        L_bp_cycles=L_BP_CYCLES,
+        attention="auto",
+    )
+    step = TrainStep(ComputeModel(model, dtype), optimizer, train, device)
+    packed = PackedBatch.from_rows(rows)
+    batch = SimpleNamespace(
+        index=0, epoch=0, bins=[packed], num_tokens=packed.layout.num_tokens,
+        num_supervised_tokens=len(packed.supervised()),
+    )  # fmt: skip
+    depth = Depth.from_L_bp_cycles(config, L_BP_CYCLES)
+
+    def run() -> float:
+        result = step.run(batch, depth=depth, lr=1e-4, step=0)
+        return float(result.sums[0]) / batch.num_supervised_tokens
+
+    return run
+
+
+def their_side(
+    config, rows: Rows, device: torch.device, dtype: torch.dtype, num_splits: int, attention: str
+) -> Callable[[], float]:
+    """One optimizer step of transformers' model; rows sorted by length into padded microbatches."""
+    from transformers import HrmTextConfig, HrmTextForCausalLM
+
+    ours = build_model(config, seed=0)
+    settings = {**to_hf_config(config), "L_bp_cycles": list(L_BP_CYCLES)}
+    settings.pop("model_type", None), settings.pop("architectures", None)
+    model = HrmTextForCausalLM._from_config(
+        HrmTextConfig(**settings), attn_implementation=attention
+    )
+    model.load_state_dict(to_split(ours.state_dict()))
+    model.to(device, dtype).train()
+    optimizer = torch.optim.AdamW(
+        [p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True
+    )
+    ordered = sorted(rows, key=lambda row: len(row[0]) + len(row[1]))
+    size = -(-len(ordered) // num_splits)
+    parts = [ordered[at : at + size] for at in range(0, len(ordered), size)]
+    batches = [padded(part, device) for part in parts]
+    supervised = sum(int((batch["labels"] != IGNORE).sum()) for batch in batches)
+
+    def run() -> float:
+        optimizer.zero_grad(set_to_none=True)
+        total = 0.0
+        for batch in batches:
+            loss = model(**batch, use_cache=False, num_items_in_batch=supervised).loss
+            loss.backward()
+            total += float(loss)
+        optimizer.step()
+        return total
+
+    return run
+
+
+def padded(rows: Rows, device: torch.device) -> dict[str, torch.Tensor]:
+    """Rows padded on the right, with the prefix mask and labels on responses."""
+    longest = max(len(prompt) + len(response) for prompt, response in rows)
+    shape = (len(rows), longest)
+    batch = {
+        "input_ids": torch.zeros(shape, dtype=torch.int64),
+        "attention_mask": torch.zeros(shape, dtype=torch.int64),
+        "token_type_ids": torch.zeros(shape, dtype=torch.int64),
+        "labels": torch.full(shape, IGNORE),
+    }
+    for index, (prompt, response) in enumerate(rows):
+        start, end = len(prompt), len(prompt) + len(response)
+        batch["input_ids"][index, :end] = torch.tensor(prompt + response)
+        batch["attention_mask"][index, :end] = 1
+        batch["token_type_ids"][index, :start] = 1
+        batch["labels"][index, start:end] = torch.tensor(response)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def best_of(
+    makers: dict[str, Callable[[], Callable[[], float]]], device: torch.device
+) -> tuple[str, Callable[[], float], dict[str, float]]:
+    """The fastest setting by a short interleaved trial, its step, and every setting's seconds."""
+    sides = {name: make() for name, make in makers.items()}
+    trial = interleave(sides, rounds=3, device=device)
+    seconds = {name: min(values) for name, values in trial.items()}
+    name = min(seconds, key=seconds.__getitem__)
+    return name, sides[name], {key: round(value, 4) for key, value in seconds.items()}
+
+
+def main() -> None:
+    """Measure and write results/train_step-<device>.json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=12)
+    parser.add_argument("--preset", default="micro")
+    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--device", default="auto")
+    arguments = parser.parse_args()
+    device = pick_device(arguments.device)
+    config = preset(arguments.preset)
+    rows = quickstart_like_rows(arguments.batch_tokens, config.vocab_size, seed=0)
+    num_tokens = sum(len(prompt) + len(response) - 1 for prompt, response in rows)
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+    first_losses = {
+        f"ours {name}": our_side(config, rows, device, dtype)() for name, dtype in dtypes.items()
+    } | {
+        f"transformers {name}": their_side(config, rows, device, dtype, 1, "sdpa")()
+        for name, dtype in dtypes.items()
+    }
+    ours = {
+        name: (lambda dtype=dtype: our_side(config, rows, device, dtype))
+        for name, dtype in dtypes.items()
+    }
+    theirs = {
+        f"{name}, {attention}, {splits} microbatches sorted by length": (
+            lambda d=dtype, s=splits, a=attention: their_side(config, rows, device, d, s, a)
+        )
+        for (name, dtype), splits, attention in itertools.product(
+            dtypes.items(), (1, 2, 4), ("sdpa", "eager")
+        )
+    }
+    our_name, our_step, our_trial = best_of(ours, device)
+    their_name, their_step, their_trial = best_of(theirs, device)
+    seconds = interleave(
+        {"ours": our_step, "transformers": their_step}, rounds=arguments.rounds, device=device
+    )
+    packed = PackedBatch.from_rows(rows)
+    flops = num_tokens * training_flops(
+        config,
+        Depth.from_L_bp_cycles(config, L_BP_CYCLES),
+        context_tokens=float(packed.layout.visible_end.float().mean()),
+        head_share=len(packed.supervised()) / num_tokens,
+    )
+    ceiling = matmul_flops(device, dtypes[our_name])
+    rate = flops / statistics.median(seconds["ours"])
+    write_result(
+        "train_step",
+        device,
+        {
+            "preset": arguments.preset,
+            "rows": len(rows),
+            "input_tokens": num_tokens,
+            "L_bp_cycles": list(L_BP_CYCLES),
+            "best_setting": {"ours": our_name, "transformers": their_name},
+            "trial_seconds": {"ours": our_trial, "transformers": their_trial},
+            "first_loss": {name: round(value, 5) for name, value in first_losses.items()},
+            "tokens_per_s": {
+                side: summary([num_tokens / value for value in values])
+                for side, values in seconds.items()
+            },
+            "times_faster": summary(ratios(seconds, "transformers", "ours"), digits=2),
+            "roofline": {
+                "matmul_flops_per_s": round(ceiling),
+                "model_flops_per_s": round(rate),
+                "share": round(rate / ceiling, 3),
+            },
+        },
+    )
+
+
+if __name__ == "__main__":
+    main()

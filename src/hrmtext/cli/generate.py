@@ -1,0 +1,76 @@
+"""hrm-text generate"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+
+def generate(
+    model: Annotated[Path, tyro.conf.Positional],
+    prompts: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    /,
+    *,
+    condition: str = "direct",
+    file: Path | None = None,
+    max_new_tokens: int = 256,
+    temperature: float = 0.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    num_samples: int = 1,
+    guidance: float = 0.0,
+    seed: int = 0,
+    weights: Literal["auto", "ema", "raw"] = "auto",
+    device: str = "auto",
+    dtype: str = "auto",
+) -> int:
+    """Answer prompts: given as arguments, as lines of a file, or on standard input.
+
+    Args:
+        model: run folder, checkpoint or Hugging Face folder.
+        prompts: the questions, one an argument.
+        condition: direct, cot, noisy, synth, or several joined by commas (synth,cot).
+        file: a text file with one prompt a line.
+        max_new_tokens: longest answer in tokens.
+        temperature: 0 takes the most probable token; above 0 draws.
+        top_k: draw from this many most probable tokens.
+        top_p: draw from the fewest tokens that hold this probability.
+        num_samples: answers to each prompt, at a temperature above 0.
+        guidance: auto-guidance weight, from -0.5 to 0.5; 0 is off.
+        seed: seed of the draws.
+        weights: averaged weights where present (auto), ema, or raw.
+        device: auto, cpu, cuda or cuda:N.
+        dtype: auto, fp32, bf16 or fp16.
+    """
+    from hrmtext.errors import DataError
+
+    texts = list(prompts)
+    if file is not None:
+        try:
+            texts += file.read_text(encoding="utf-8").splitlines()
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"cannot read prompts from {file}: {error}") from error
+    if not texts:
+        if sys.stdin.isatty():
+            raise DataError('no prompt given; write it behind the model, for example "12 + 7 ="')
+        texts = sys.stdin.read().splitlines()
+    from hrmtext.api import load
+
+    text_model = load(model, device=device, dtype=dtype, weights=weights)
+    answers = text_model.generate(
+        texts,
+        condition=condition,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        num_samples=num_samples,
+        guidance=guidance,
+        seed=seed,
+    )
+    for answer in answers:
+        print(answer)
+    return 0

@@ -1,0 +1,92 @@
+"""hrm-text info"""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import tyro
+
+
+def info(
+    model: Annotated[str | None, tyro.conf.Positional] = None,
+    /,
+) -> int:
+    """Show a model's shape, parameters and cost, or, without one, this machine and the presets.
+
+    Args:
+        model: a preset (B, L, XL, ...), run folder, checkpoint or Hugging Face folder.
+    """
+    from rich.console import Console
+
+    from hrmtext.config.model import PRESETS
+
+    console = Console()
+    if model is None:
+        _machine(console)
+        _presets(console)
+        return 0
+    if model in PRESETS:
+        config = PRESETS[model]
+    else:
+        from hrmtext.api import load_config
+
+        config = load_config(model)
+    _model(console, config)
+    return 0
+
+
+def _machine(console) -> None:  # noqa: ANN001
+    from hrmtext import __version__
+    from hrmtext.runtime.device import describe, pick_device
+
+    console.print(f"hrm-text {__version__}")
+    for name, value in describe(pick_device()).items():
+        console.print(f"  {name:20} {value}")
+
+
+def _presets(console) -> None:  # noqa: ANN001
+    from rich.table import Table
+
+    from hrmtext.config.model import PRESETS
+    from hrmtext.model.flops import count_parameters, forward_flops
+
+    table = Table("preset", "parameters", "hidden", "layers a stack", "cycles", "GFLOP a token")
+    for name, config in PRESETS.items():
+        table.add_row(
+            name,
+            f"{count_parameters(config).stored / 1e6:,.1f} M",
+            str(config.hidden_size),
+            str(config.num_layers_per_stack),
+            f"H {config.H_cycles} x L {config.L_cycles}",
+            f"{forward_flops(config) / 1e9:.3f}",
+        )
+    console.print(table)
+
+
+def _model(console, config) -> None:  # noqa: ANN001
+    from hrmtext.config.base import dump_yaml
+    from hrmtext.model.depth import Depth
+    from hrmtext.model.flops import (
+        count_parameters,
+        forward_flops,
+        kv_bytes_per_token,
+        training_flops,
+    )
+
+    counts = count_parameters(config)
+    console.print(dump_yaml(config), highlight=False)
+    deepest = Depth.from_bp_steps(config, min(5, config.num_stack_calls))
+    rows = {
+        "parameters stored": f"{counts.stored:,}",
+        "parameters unfolded": f"{counts.unfolded:,} (every stack call counted anew)",
+        "forward": f"{forward_flops(config) / 1e9:.3f} GFLOP a token, attention scores apart",
+        "training step": f"{training_flops(config, deepest) / 1e9:.3f} GFLOP a token, "
+        f"{deepest.num_gradient_calls} of {config.num_stack_calls} stack calls with gradient",
+        "KV cache": f"{kv_bytes_per_token(config, 2):,} bytes a token in bf16, "
+        f"{config.num_slots} slots; {kv_bytes_per_token(config, 2) * config.max_seq_len / 2**30:.2f}"
+        f" GiB at {config.max_seq_len:,} tokens",
+        "weights": f"{counts.stored * 2 / 2**30:.2f} GiB in bf16, "
+        f"{counts.stored * 4 / 2**30:.2f} GiB in fp32",
+    }
+    for name, value in rows.items():
+        console.print(f"{name:20} {value}", highlight=False)

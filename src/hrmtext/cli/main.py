@@ -1,0 +1,80 @@
+"""`hrm-text`: one command, verbs below it. Parses without torch; a verb imports when it runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import tyro
+
+from hrmtext import __version__
+from hrmtext.cli import data, evaluate, export, generate, info, quickstart, train
+from hrmtext.errors import HrmTextError, TrainingInterrupted
+
+VERBS: dict[str, Callable[..., Any]] = {
+    "quickstart": quickstart.quickstart,
+    "data": data.overview,
+    "train": train.train,
+    "eval": evaluate.evaluate,
+    "generate": generate.generate,
+    "export": export.export,
+    "info": info.info,
+}
+DATA_VERBS: dict[str, Callable[..., Any]] = {
+    "prepare": data.prepare,
+    "tokenizer": data.tokenizer,
+    "tokenize": data.tokenize,
+    "sample": data.sample,
+    "inspect": data.inspect,
+}
+DEBUG_VARIABLE = "HRM_TEXT_DEBUG"
+"""Set to 1, errors are shown with their trace."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command line; returns the exit status: 0 done, 1 failed check, 2 wrong input."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    if arguments == ["--version"]:
+        print(f"hrm-text {__version__}")
+        return 0
+    try:
+        return _run(arguments)
+    except TrainingInterrupted as error:
+        print(error, file=sys.stderr)
+        return 130
+    except HrmTextError as error:
+        if os.environ.get(DEBUG_VARIABLE) == "1":
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _run(arguments: list[str]) -> int:
+    if arguments[:1] == ["data"] and len(arguments) > 1:
+        verbs, prog, rest = DATA_VERBS, "hrm-text data", arguments[1:]
+        description = "From raw rows to packed training data; `prepare` does every stage."
+    else:
+        verbs, prog, rest = VERBS, "hrm-text", arguments
+        description = (
+            "Train, evaluate, export and run HRM-Text language models. `hrm-text VERB --help` "
+            "explains a verb; `hrm-text data --help` lists the stages of the data pipeline."
+        )
+    if not rest or (verbs is VERBS and rest == ["data"]):
+        rest = ["--help"]
+    status = tyro.extras.subcommand_cli_from_dict(
+        verbs,
+        prog=prog,
+        description=description,
+        args=rest,
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    return int(status or 0)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
