@@ -10,8 +10,9 @@ from typing import Any, Literal
 import torch
 
 from hrmtext.artifacts.layout import RunFolder, describe_versions
-from hrmtext.config.base import dump_yaml
+from hrmtext.config.base import build, dump_yaml, to_mapping
 from hrmtext.config.train import TrainConfig
+from hrmtext.data.loader import GlobalBatch
 from hrmtext.errors import CheckpointError, ConfigError, TrainingInterrupted
 from hrmtext.model import build_model
 from hrmtext.model.depth import Depth
@@ -29,7 +30,7 @@ from hrmtext.train.progress import TrainingProgress
 from hrmtext.train.report import write_report
 from hrmtext.train.schedule import depth_at, learning_rate
 from hrmtext.train.signals import StopRequest
-from hrmtext.train.source import DataSource, StepBatch
+from hrmtext.train.source import DataSource, FolderSource
 from hrmtext.train.state import TrainState
 from hrmtext.train.step import StepResult, TrainStep
 from hrmtext.train.validate import Validation, validate
@@ -52,6 +53,37 @@ class TrainResult:
     stopped_by: Literal["end", "max_minutes"]
     validation: Validation | None
     """The last one of this session; None where nothing was left to do, or without held-out rows."""
+
+
+def train(
+    config: TrainConfig,
+    *,
+    data_folder: str | Path,
+    run_folder: str | Path,
+    resume: Resume = "auto",
+    device: str | None = None,
+    dtype: str | None = None,
+    progress: str = "auto",
+) -> TrainResult:
+    """Train on a prepared data folder; see `train_on`.
+
+    Args:
+        data_folder: what `hrm-text data prepare` made.
+        dtype: auto, fp32 or bf16 instead of the config's `precision`.
+
+    Raises:
+        DataError: the data folder is not whole; and all that `train_on` raises.
+    """
+    if dtype is not None:
+        config = build(TrainConfig, {**to_mapping(config), "precision": dtype}, where="dtype")
+    return train_on(
+        config,
+        FolderSource(data_folder),
+        run_folder=run_folder,
+        resume=resume,
+        device=device,
+        progress=progress,
+    )
 
 
 def train_on(
@@ -224,7 +256,9 @@ class Session:
             self._save(log)
         return stopped_by
 
-    def _one_step(self, batch: StepBatch, log: MetricsLog | None, shown: TrainingProgress) -> None:
+    def _one_step(
+        self, batch: GlobalBatch, log: MetricsLog | None, shown: TrainingProgress
+    ) -> None:
         state = self.state
         lr = learning_rate(state.step, self.config, self.total_steps)
         depth = depth_at(state.step, self.config, self.model_config, self.total_steps)
@@ -239,7 +273,7 @@ class Session:
                 log.write(record)
             shown.update(record, self._time_left(record))
 
-    def _count(self, batch: StepBatch, depth: Depth, result: StepResult) -> None:
+    def _count(self, batch: GlobalBatch, depth: Depth, result: StepResult) -> None:
         seen = sum(int(packed.layout.visible_end.sum()) for packed in batch.bins)
         own_tokens = sum(sum(packed.layout.lengths) for packed in batch.bins)
         flops = batch.num_tokens * training_flops(
@@ -257,7 +291,7 @@ class Session:
             gradient_norm=result.gradient_norm,
         )
 
-    def _record(self, batch: StepBatch, depth: Depth, lr: float) -> dict[str, Any]:
+    def _record(self, batch: GlobalBatch, depth: Depth, lr: float) -> dict[str, Any]:
         means = self.interval.take()
         seconds = max(1e-9, self.watch.take())
         flops_per_s = means.pop("interval_flops") / seconds

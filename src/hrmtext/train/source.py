@@ -1,49 +1,26 @@
-"""What training asks of data, as protocols, and the prepared data folder that answers."""
+"""Where training gets its rows: a protocol, and the prepared data folder that answers it."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from hrmtext.batch import PackedBatch
 from hrmtext.config.train import TrainConfig
+from hrmtext.data.format import SampledData
+from hrmtext.data.heldout import TokenRow, ValidationBatch, read_held_out, validation_batches
+from hrmtext.data.loader import GlobalBatch, Loader
+from hrmtext.data.tokenizer import PromptTokenizer
+from hrmtext.errors import DataError
+from hrmtext.runtime.log import logger
 
-
-class StepBatch(Protocol):
-    """One optimizer step's data: `hrmtext.data.loader.GlobalBatch`."""
-
-    @property
-    def index(self) -> int:
-        """Global batch of its epoch."""
-        ...
-
-    @property
-    def epoch(self) -> int:
-        """Epoch, from 0."""
-        ...
-
-    @property
-    def bins(self) -> Sequence[PackedBatch]:
-        """This rank's microbatches, on the CPU; may be empty."""
-        ...
-
-    @property
-    def num_supervised_tokens(self) -> int:
-        """Of all ranks."""
-        ...
-
-    @property
-    def num_tokens(self) -> int:
-        """Of all ranks."""
-        ...
+PREFETCH_BATCHES = 2
 
 
 class BatchLoader(Protocol):
     """Endless steps in an order that does not depend on the number of ranks."""
 
-    def __iter__(self) -> Iterator[StepBatch]:
+    def __iter__(self) -> Iterator[GlobalBatch]:
         """Steps from the cursor on."""
         ...
 
@@ -52,19 +29,8 @@ class BatchLoader(Protocol):
         ...
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue at a cursor; DataError where it is of other data."""
+        """Continue at a cursor; an error where it is of other data."""
         ...
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class ValidationBatch:
-    """Held-out rows in one packed batch, with the names they are reported under."""
-
-    batch: PackedBatch
-    conditions: tuple[str, ...]
-    """(R) condition of each row; empty string: none."""
-    strata: tuple[str, ...]
-    """(R) stratum or family of each row."""
 
 
 class DataSource(Protocol):
@@ -72,7 +38,7 @@ class DataSource(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Changes when any row or their number changes."""
+        """Changes when any training row or their number changes."""
         ...
 
     @property
@@ -101,3 +67,121 @@ class DataSource(Protocol):
     def validation(self, config: TrainConfig) -> list[ValidationBatch]:
         """At most `validation_rows` held-out rows, always the same; empty where there are none."""
         ...
+
+
+class FolderSource:
+    """A prepared data folder: `sampled/` and `tokenizer/`, and `heldout/` where rows were held out.
+
+    A sampled folder alone (with metadata.json at its top) will do too; it has no validation.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open and check the sampled rows.
+
+        Raises:
+            DataError: neither a prepared nor a sampled folder, or damaged files.
+        """
+        self.folder = Path(folder)
+        if (self.folder / "sampled").is_dir():
+            self.data = SampledData.open(self.folder / "sampled")
+        elif (self.folder / "metadata.json").is_file():
+            self.data = SampledData.open(self.folder)
+        else:
+            raise DataError(
+                f"{self.folder} is not a prepared data folder: it has no `sampled` inside. Make "
+                "one with `hrm-text data prepare`"
+            )
+        self._validation: list[ValidationBatch] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """That of the sampled rows."""
+        return self.data.fingerprint
+
+    @property
+    def vocab_size(self) -> int:
+        """The tokenizer's, unpadded."""
+        return int(self.data.info["vocab_size"])
+
+    @property
+    def max_seq_len(self) -> int:
+        """Input tokens of the longest row that the sampling allowed."""
+        return self.data.max_seq_len
+
+    @property
+    def tokenizer_folder(self) -> Path | None:
+        """`tokenizer/`, where the folder has one."""
+        folder = self.folder / "tokenizer"
+        return folder if (folder / "tokenizer.json").is_file() else None
+
+    def num_steps(self, config: TrainConfig) -> int:
+        """Global batches in `config.epochs` epochs; plans each of them."""
+        loader = self._loader(config, 0, 1)
+        return sum(loader.num_batches(epoch) for epoch in range(config.epochs))
+
+    def loader(self, config: TrainConfig, rank: int, world_size: int) -> Loader:
+        """Packed batches of this rank, prepared ahead by a thread."""
+        return self._loader(config, rank, world_size)
+
+    def validation(self, config: TrainConfig) -> list[ValidationBatch]:
+        """Held-out rows, spread over the strata; a warning counts those beyond the context."""
+        if self._validation is None:
+            self._validation = self._read_validation(config) if config.validation_rows else []
+        return self._validation
+
+    def _loader(self, config: TrainConfig, rank: int, world_size: int) -> Loader:
+        return Loader(
+            self.data,
+            batch_tokens=config.batch_tokens,
+            bin_tokens=config.bin_tokens,
+            seed=config.seed,
+            rank=rank,
+            world_size=world_size,
+            pad_to=config.bin_size if config.pad_bins else None,
+            prefix_lm=config.model.prefix_lm,
+            prefetch=PREFETCH_BATCHES,
+        )
+
+    def _read_validation(self, config: TrainConfig) -> list[ValidationBatch]:
+        folder = self.folder / "heldout"
+        if self.tokenizer_folder is None or not folder.is_dir():
+            logger.warning("%s holds no held-out rows: training without validation", self.folder)
+            return []
+        tokenizer = PromptTokenizer.load(self.tokenizer_folder)
+        rows = _spread(read_held_out(folder), config.validation_rows)
+        packed: list[TokenRow] = []
+        for row in rows:
+            prompt = tokenizer.encode_prompt(row.instruction, row.condition)
+            response = tokenizer.encode_response(row.response)
+            if len(prompt) + len(response) - 1 <= config.model.max_seq_len:
+                packed.append(
+                    TokenRow(
+                        prompt=prompt,
+                        response=response,
+                        condition=row.condition,
+                        stratum=row.stratum,
+                    )
+                )
+        if len(packed) < len(rows):
+            logger.warning(
+                "validation leaves out %d of %d held-out rows that are longer than %d tokens",
+                len(rows) - len(packed), len(rows), config.model.max_seq_len,
+            )  # fmt: skip
+        if not packed:
+            return []
+        return validation_batches(
+            packed,
+            config.bin_size,
+            pad_to=config.bin_size if config.pad_bins else None,
+            prefix_lm=config.model.prefix_lm,
+        )
+
+
+def _spread(rows: list[Any], limit: int) -> list[Any]:
+    """At most `limit` rows, taken in turn from every stratum, in the order of the file."""
+    places: dict[str, int] = {}
+    ranked = []
+    for index, row in enumerate(rows):
+        turn = places[row.stratum] = places.get(row.stratum, -1) + 1
+        ranked.append((turn, index))
+    return [rows[index] for _, index in sorted(sorted(ranked)[:limit], key=lambda pair: pair[1])]

@@ -8,13 +8,13 @@ import math
 import torch
 
 from hrmtext.config.train import TrainConfig
+from hrmtext.data.loader import GlobalBatch
 from hrmtext.errors import NonFiniteError
 from hrmtext.model.depth import Depth
 from hrmtext.train.loss import NUM_SUMS, Microbatch, forward_loss, step_sums
 from hrmtext.train.optim import AdamAtan2
 from hrmtext.train.parallel import sum_gradients
 from hrmtext.train.precision import ComputeModel
-from hrmtext.train.source import StepBatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +39,7 @@ class TrainStep:
         self.device = device
         self._parameters = list(compute.master.parameters())
 
-    def run(self, batch: StepBatch, *, depth: Depth, lr: float, step: int) -> StepResult:
+    def run(self, batch: GlobalBatch, *, depth: Depth, lr: float, step: int) -> StepResult:
         """Accumulate this rank's bins, sum over ranks, check, update.
 
         Args:
@@ -56,12 +56,14 @@ class TrainStep:
         self.compute.refresh()
         return StepResult(sums, gradient_norm)
 
-    def accumulate(self, batch: StepBatch, depth: Depth) -> torch.Tensor:
+    def accumulate(self, batch: GlobalBatch, depth: Depth) -> torch.Tensor:
         """Gradients of this rank's bins in the master weights' `grad`; returns the (4) sums."""
         self.compute.clear_gradients()
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.device)
         scale = 1.0 / max(1, batch.num_supervised_tokens)
         for packed in batch.bins:
+            if not packed.layout.lengths:  # padding alone, at the end of an epoch
+                continue
             micro = Microbatch.prepare(
                 packed,
                 device=self.device,
@@ -80,7 +82,7 @@ class TrainStep:
             sums += step_sums(loss, micro)
         return sums
 
-    def guard(self, batch: StepBatch, sums: torch.Tensor, step: int) -> float:
+    def guard(self, batch: GlobalBatch, sums: torch.Tensor, step: int) -> float:
         """The gradient's norm, fetched once; NonFiniteError naming the parameters if not finite."""
         gradients = [p.grad for p in self._parameters if p.grad is not None]
         if not gradients:

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from hrmtext.data.heldout import ValidationBatch
 from hrmtext.model import HrmLM
 from hrmtext.runtime import dist
 from hrmtext.train.loss import Microbatch, cross_entropy, exact_rows
-from hrmtext.train.source import ValidationBatch
 
 # Columns of the sums: rows, tokens, loss, tokens right, rows right as a whole.
 _NUM_COLUMNS = 5

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 from hrmtext.batch import PackedBatch
+from hrmtext.data.heldout import ValidationBatch
+from hrmtext.data.loader import GlobalBatch
 from hrmtext.errors import DataError
 from hrmtext.runtime.io import fingerprint
 from hrmtext.runtime.rng import numpy_generator
-from hrmtext.train.source import ValidationBatch
-
-
-@dataclasses.dataclass(frozen=True)
-class MemoryBatch:
-    index: int
-    epoch: int
-    bins: list
-    num_supervised_tokens: int
-    num_tokens: int
 
 
 def random_rows(count, seed=0, vocab_size=64, longest=12):
@@ -91,7 +82,7 @@ class MemoryLoader:
             bins = [ids[at : at + size] for at in range(0, len(ids), size)]
             own = bins[self.rank :: self.world_size]
             self.served += [row for one in own for row in one]
-            batch = MemoryBatch(
+            batch = GlobalBatch(
                 index=self.index,
                 epoch=self.epoch,
                 bins=[

@@ -3,10 +3,11 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from memory_source import MemoryBatch, random_rows, small_config
+from memory_source import random_rows, small_config
 
 from hrmtext.batch import IGNORE, PackedBatch
 from hrmtext.config import preset
+from hrmtext.data.loader import GlobalBatch
 from hrmtext.model import build_model, make_plan
 from hrmtext.model.depth import Depth
 from hrmtext.train.loss import Microbatch, cross_entropy, exact_rows, forward_loss, step_sums
@@ -133,7 +134,13 @@ def step_batch(rows, rows_per_bin):
         for at in range(0, len(rows), rows_per_bin)
     ]
     supervised = sum(len(response) for _, response in rows)
-    return MemoryBatch(0, 0, bins, supervised, sum(b.layout.num_tokens for b in bins))
+    return GlobalBatch(
+        index=0,
+        epoch=0,
+        bins=bins,
+        num_supervised_tokens=supervised,
+        num_tokens=sum(b.layout.num_tokens for b in bins),
+    )
 
 
 def test_accumulated_microbatches_equal_one_batch():

@@ -1,0 +1,319 @@
+"""The loop: interrupted and resumed equals uninterrupted, bit for bit, whatever stopped it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from memory_source import MemorySource, random_rows, small_config
+
+from hrmtext.artifacts import RunFolder, load_model, read_tensors
+from hrmtext.errors import CheckpointError, ConfigError, NonFiniteError, StorageError
+from hrmtext.runtime.io import MARKER, explain_storage_errors
+from hrmtext.train import checkpoint as checkpoint_module
+from hrmtext.train import train_on
+from hrmtext.train.metrics import read_metrics
+
+HERE = Path(__file__).parent
+NUM_STEPS = 16
+
+SCRIPT = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import torch
+torch.set_num_threads(1)
+from test_loop import make_source, small_config, train_on
+from hrmtext.artifacts import weights
+from hrmtext.train import checkpoint, step
+
+how, at, folder = sys.argv[2], int(sys.argv[3]), sys.argv[4]
+calls = 0
+original = {"step": step.TrainStep.run, "write": checkpoint.write_tensors}
+
+def run(self, *args, **kwargs):
+    global calls
+    result = original["step"](self, *args, **kwargs)
+    calls += 1
+    if calls == at:
+        os.kill(os.getpid(), getattr(signal, how))
+    return result
+
+def write(path, tensors):
+    # Half of the optimizer's file of a checkpoint, then the power is gone.
+    global calls
+    original["write"](path, tensors)
+    calls += 1
+    if calls == at:
+        with open(path, "r+b") as stream:
+            stream.truncate(path.stat().st_size // 2)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+if how == "write":
+    checkpoint.write_tensors = write
+else:
+    step.TrainStep.run = run
+try:
+    train_on(small_config(), make_source(), run_folder=folder, progress="none")
+except Exception as error:
+    print(f"{type(error).__name__}: {error}")
+    sys.exit(3)
+"""
+
+
+def make_source():
+    return MemorySource(random_rows(60), heldout=random_rows(20, seed=5))
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """An uninterrupted run."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("whole") / "run"
+    result = train_on(small_config(), make_source(), run_folder=folder, progress="none")
+    torch.set_num_threads(before)
+    return result
+
+
+def interrupted(folder, how, at):
+    """Run the script until it is interrupted; returns its exit code and output."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, str(HERE), how, str(at), str(folder)],
+        capture_output=True, text=True, timeout=120, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+def without_timing(path):
+    return [{k: v for k, v in r.items() if k != "timing"} for r in read_metrics(path)]
+
+
+def assert_same_run(first, second):
+    """Same checkpoints' tensors, same counters, same log."""
+    one, two = RunFolder(first), RunFolder(second)
+    assert one.latest().name == two.latest().name
+    for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
+        a, b = read_tensors(one.latest() / name), read_tensors(two.latest() / name)
+        assert a.keys() == b.keys()
+        for key, tensor in a.items():
+            assert torch.equal(tensor, b[key]), f"{name}: {key}"
+    records = [json.loads((r.latest() / "training.json").read_text()) for r in (one, two)]
+    for record in records:
+        del record["elapsed_s"]
+    assert records[0] == records[1]
+    assert without_timing(one.metrics_file) == without_timing(two.metrics_file)
+
+
+@pytest.mark.parametrize(
+    ("how", "at"),
+    [("SIGKILL", 3), ("SIGKILL", 9), ("write", 1), ("write", 2)],
+    ids=["before-any-checkpoint", "between-checkpoints", "writing-the-first", "writing-the-second"],
+)
+def test_a_killed_run_goes_on_as_if_nothing_had_happened(tmp_path, whole, how, at):
+    folder = tmp_path / "run"
+    code, output = interrupted(folder, how, at)
+    assert code == -signal.SIGKILL, output
+    leftovers = [p for p in RunFolder(folder).checkpoints_folder.iterdir() if p.name[0] == "."]
+    assert bool(leftovers) == (how == "write")
+    result = train_on(small_config(), make_source(), run_folder=folder, progress="none")
+    assert result.step == NUM_STEPS
+    assert_same_run(whole.run_folder, folder)
+    names = {p.name for p in RunFolder(folder).checkpoints_folder.iterdir()}
+    assert names == {"step_0000015", "step_0000016"}
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_polite_signal_saves_says_so_and_the_run_goes_on_exactly(tmp_path, whole, name):
+    folder = tmp_path / "run"
+    code, output = interrupted(folder, name, 7)
+    assert code == 3
+    assert f"TrainingInterrupted: {name}: stopped after step 7 of 16" in output
+    assert RunFolder(folder).latest().name == "step_0000007"
+    train_on(small_config(), make_source(), run_folder=folder, resume="must", progress="none")
+    assert_same_run(whole.run_folder, folder)
+
+
+def test_the_log_has_every_interval_once_in_order(whole):
+    records = read_metrics(RunFolder(whole.run_folder).metrics_file)
+    assert [r["step"] for r in records if r["kind"] == "train"] == list(range(2, 17, 2))
+    assert [r["step"] for r in records if r["kind"] == "validation"] == [5, 10, 15, 16]
+    last = [r for r in records if r["kind"] == "train"][-1]
+    assert last["tokens"] == whole.tokens
+    assert last["bp_steps"] == 5
+    assert records[0]["bp_steps"] == 2
+
+
+def test_a_finished_run_stays_finished(tmp_path, whole):
+    before = (RunFolder(whole.run_folder).metrics_file).read_text()
+    again = train_on(small_config(), make_source(), run_folder=whole.run_folder, progress="none")
+    assert (again.step, again.checkpoint) == (whole.step, whole.checkpoint)
+    assert RunFolder(whole.run_folder).metrics_file.read_text() == before
+
+
+def test_the_checkpoint_is_a_model_that_predicts_what_validation_says(whole):
+    from hrmtext.train.validate import validate
+
+    source = make_source()
+    batches = source.validation(small_config())
+    for which, expected in (("raw", whole.validation.raw), ("ema", whole.validation.ema)):
+        model = load_model(whole.checkpoint, which)
+        found = validate(model, batches, device=torch.device("cpu"), dtype=torch.float32)
+        assert found == expected
+
+
+def test_a_checkpoint_without_marker_is_passed_over(tmp_path, whole):
+    folder = tmp_path / "run"
+    interrupted(folder, "SIGKILL", 12)
+    (RunFolder(folder).checkpoint_path(10) / MARKER).unlink()
+    train_on(small_config(), make_source(), run_folder=folder, progress="none")
+    assert_same_run(whole.run_folder, folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"lr": 1e-3}, r"lr: 0.003 in the checkpoint, 0.001 now"),
+        ({"model": {"preset": "test", "L_cycles": 2}}, r"model.L_cycles: 3 .*, 2 now"),
+        ({"epochs": 3}, r"total_steps: 16 .*, 24 now"),
+        ({"seed": 1}, r"seed: 0 .*, 1 now"),
+        ({"precision": "bf16"}, r"precision: fp32 .*, bf16 now"),
+    ],
+)
+def test_resuming_with_what_would_change_the_run_is_refused(whole, change, message):
+    with pytest.raises(CheckpointError, match=message):
+        run = whole.run_folder
+        train_on(small_config(**change), make_source(), run_folder=run, progress="none")
+
+
+def test_other_data_is_refused_and_harmless_keys_are_not(whole):
+    other = MemorySource(random_rows(60, seed=9), heldout=())
+    with pytest.raises(CheckpointError, match="data_fingerprint"):
+        train_on(small_config(), other, run_folder=whole.run_folder, progress="none")
+    config = small_config(log_every=1, keep_last=7, checkpoint_every=3)
+    again = train_on(config, make_source(), run_folder=whole.run_folder, progress="none")
+    assert again.step == NUM_STEPS
+
+
+def test_a_run_folder_is_never_started_over(whole, tmp_path):
+    with pytest.raises(CheckpointError, match="holds a run already"):
+        train_on(small_config(), make_source(), run_folder=whole.run_folder, resume="never")
+    with pytest.raises(CheckpointError, match="not a run folder"):
+        train_on(small_config(), make_source(), run_folder=tmp_path / "new", resume="must")
+    (tmp_path / "thesis.tex").write_text("mine")
+    with pytest.raises(StorageError, match="other files"):
+        train_on(small_config(), make_source(), run_folder=tmp_path)
+
+
+def test_a_full_disk_at_a_checkpoint_keeps_the_earlier_one(tmp_path, whole, monkeypatch):
+    folder = tmp_path / "run"
+    original = checkpoint_module.write_tensors
+    calls = 0
+
+    def write(path, tensors):
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            with explain_storage_errors(path), full.open("wb") as stream:
+                stream.write(b"0" * 100_000)
+        original(path, tensors)
+
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("no /dev/full on this machine")
+    monkeypatch.setattr(checkpoint_module, "write_tensors", write)
+    with pytest.raises(StorageError, match="the disk is full"):
+        train_on(small_config(), make_source(), run_folder=folder, progress="none")
+    assert [p.name for p in RunFolder(folder).checkpoints_folder.iterdir()] == ["step_0000005"]
+    monkeypatch.setattr(checkpoint_module, "write_tensors", original)
+    train_on(small_config(), make_source(), run_folder=folder, progress="none")
+    assert_same_run(whole.run_folder, folder)
+
+
+def test_a_real_full_disk_keeps_every_earlier_checkpoint(tmp_path, whole):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(disk)]
+    try:
+        mounted = subprocess.run(mount, capture_output=True, check=False).returncode == 0
+    except OSError:
+        mounted = False
+    if not mounted:
+        pytest.skip("this user may not mount a small tmpfs")
+    try:
+        config = small_config(keep_last=9)
+        with pytest.raises(StorageError, match="the disk is full"):
+            train_on(config, make_source(), run_folder=disk / "run", progress="none")
+        run = RunFolder(disk / "run")
+        assert [p.name for p in run.checkpoints()] == ["step_0000005", "step_0000010"]
+        assert len(list(run.checkpoints_folder.iterdir())) == 2
+        subprocess.run(["mount", "-o", "remount,size=9m", str(disk)], check=True)
+        train_on(small_config(), make_source(), run_folder=disk / "run", progress="none")
+        assert_same_run(whole.run_folder, disk / "run")
+    finally:
+        subprocess.run(["umount", str(disk)], check=True)
+
+
+def test_a_non_finite_gradient_stops_the_run_at_its_last_checkpoint(tmp_path, monkeypatch):
+    from hrmtext.train.step import TrainStep
+
+    original = TrainStep.accumulate
+
+    def accumulate(self, batch, depth):
+        sums = original(self, batch, depth)
+        if batch.epoch == 1:
+            self.compute.master.lm_head.weight.grad[0, 0] = float("inf")
+        return sums
+
+    monkeypatch.setattr(TrainStep, "accumulate", accumulate)
+    with pytest.raises(NonFiniteError, match=r"first in lm_head.weight.*batch 0 of epoch 1"):
+        train_on(small_config(), make_source(), run_folder=tmp_path / "run", progress="none")
+    assert RunFolder(tmp_path / "run").latest().name == "step_0000005"
+
+
+def test_the_time_budget_stops_with_a_checkpoint_and_more_time_goes_on(tmp_path, whole):
+    folder = tmp_path / "run"
+    short = small_config(max_minutes=1e-6)
+    result = train_on(short, make_source(), run_folder=folder, progress="none")
+    assert result.stopped_by == "max_minutes"
+    assert result.step < NUM_STEPS == result.total_steps
+    assert RunFolder(folder).latest() == result.checkpoint
+    result = train_on(small_config(), make_source(), run_folder=folder, progress="none")
+    assert (result.stopped_by, result.step) == ("end", NUM_STEPS)
+    for key, tensor in read_tensors(whole.checkpoint / "model.safetensors").items():
+        assert torch.equal(tensor, read_tensors(result.checkpoint / "model.safetensors")[key])
+
+
+def test_data_that_does_not_fit_the_model_is_refused(tmp_path):
+    source = MemorySource(random_rows(8, vocab_size=200), vocab_size=200)
+    with pytest.raises(ConfigError, match=r"200 tokens, but model.vocab_size is 64"):
+        train_on(small_config(), source, run_folder=tmp_path / "run")
+    config = small_config(model={"preset": "test", "max_seq_len": 8})
+    with pytest.raises(ConfigError, match="rows of up to 16 tokens"):
+        train_on(config, make_source(), run_folder=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_bf16_training_follows_fp32(tmp_path):
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        config = small_config(precision=precision, epochs=6, log_every=8)
+        folder = tmp_path / precision
+        train_on(config, make_source(), run_folder=folder, progress="none")
+        records = read_metrics(RunFolder(folder).metrics_file)
+        losses[precision] = [r["loss"] for r in records if r["kind"] == "train"]
+    assert losses["fp32"][-1] < 0.7 * losses["fp32"][0]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
+    assert losses["bf16"] != losses["fp32"]
