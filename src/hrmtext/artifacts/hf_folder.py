@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from hrmtext.artifacts.weights import read_tensors
 from hrmtext.config.base import build, nearest
 from hrmtext.config.model import ModelConfig
 from hrmtext.errors import CheckpointError, ConfigError
 from hrmtext.model import HrmLM, empty_model
+from hrmtext.runtime.io import explain_storage_errors
 
 MODEL_TYPE = "hrm_text"
 CONFIG_FILE = "config.json"
@@ -241,6 +244,18 @@ def load_hf_state(
     # Older exports carry the rotary frequencies, which follow from the config.
     kept = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
     return to_fused(kept, where=str(folder))
+
+
+def write_hf_state(path: Path, state: Mapping[str, torch.Tensor], layout: str) -> None:
+    """Write `HrmLM`'s tensors as one safetensors file in a layout; StorageError on a full disk."""
+    chosen = to_split(state) if layout == "split" else state
+    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in chosen.items()}
+    with explain_storage_errors(path):
+        try:
+            # transformers refuses a file that does not say which framework's tensors it holds.
+            save_file(ready, path, metadata={"format": "pt"})
+        except SafetensorError as error:
+            raise RuntimeError(str(error)) from error
 
 
 def load_hf_model(

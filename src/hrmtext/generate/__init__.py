@@ -1,5 +1,6 @@
-"""Answers from a model: sampling, stopping, batched decoding over a KV cache."""
+"""Answers from a model: loading, sampling, stopping, batched decoding over a KV cache."""
 
+from hrmtext.generate.load import load, model_folder
 from hrmtext.generate.runner import Generated, TextModel
 
-__all__ = ["Generated", "TextModel"]
+__all__ = ["Generated", "TextModel", "load", "model_folder"]

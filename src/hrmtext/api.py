@@ -1,0 +1,6 @@
+"""The public Python interface: `hrmtext.load(path)` gives a `TextModel`."""
+
+from hrmtext.generate.load import load
+from hrmtext.generate.runner import Generated, TextModel
+
+__all__ = ["Generated", "TextModel", "load"]
