@@ -152,12 +152,6 @@ class TrainConfig:
                 f"batch_tokens is {self.batch_tokens}, expected a multiple of bin_tokens="
                 f"{self.bin_tokens}: every step is made of whole bins"
             )
-        if self.bin_size < self.model.max_seq_len:
-            raise ConfigError(
-                f"a bin holds {self.bin_size} tokens, but model.max_seq_len allows rows of "
-                f"{self.model.max_seq_len}; raise bin_tokens (or batch_tokens), or lower "
-                "model.max_seq_len"
-            )
 
     @property
     def bin_size(self) -> int:

@@ -379,3 +379,8 @@ def check_data(config: TrainConfig, source: DataSource) -> None:
             f"the data has rows of up to {source.max_seq_len} tokens, but model.max_seq_len is "
             f"{model.max_seq_len}; raise it, or sample the data with a shorter context"
         )
+    if source.max_seq_len > config.bin_size:
+        raise ConfigError(
+            f"the data has rows of up to {source.max_seq_len} tokens, but a bin holds "
+            f"{config.bin_size}; raise bin_tokens (or batch_tokens)"
+        )

@@ -303,6 +303,8 @@ def test_data_that_does_not_fit_the_model_is_refused(tmp_path):
     config = small_config(model={"preset": "test", "max_seq_len": 8})
     with pytest.raises(ConfigError, match="rows of up to 16 tokens"):
         train_on(config, make_source(), run_folder=tmp_path / "run")
+    with pytest.raises(ConfigError, match="a bin holds 8"):
+        train_on(small_config(bin_tokens=8), make_source(), run_folder=tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
