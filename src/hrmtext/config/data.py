@@ -147,6 +147,8 @@ class CleaningConfig:
     """Drop rows equal in condition, instruction and response to an earlier row of any stratum."""
     drop_control_characters: bool = True
     """Drop rows with control characters other than tab, line feed and carriage return."""
+    format: Literal["parquet", "jsonl"] = "parquet"
+    """How cleaned rows are stored."""
 
     def __post_init__(self) -> None:
         _at_least("cleaning.max_instruction_chars", self.max_instruction_chars, 1)

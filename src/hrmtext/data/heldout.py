@@ -82,6 +82,12 @@ def load_rows(folder: str | Path, limit: int | None = None, epoch: int = 0) -> l
     return rows
 
 
+def fitting_rows(rows: Sequence[TokenRow], max_seq_len: int) -> tuple[list[TokenRow], int]:
+    """The rows whose inputs fit a context of `max_seq_len` tokens, and how many do not."""
+    kept = [row for row in rows if len(row.prompt) + len(row.response) - 1 <= max_seq_len]
+    return kept, len(rows) - len(kept)
+
+
 def validation_batches(
     rows: Sequence[TokenRow], bin_tokens: int, *, pad_to: int | None = None, prefix_lm: bool = True
 ) -> list[ValidationBatch]:

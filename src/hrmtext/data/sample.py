@@ -80,6 +80,7 @@ def sample(
     config: SamplingConfig,
     *,
     replace: bool = False,
+    inputs: str = "",
     progress: Progress | None = None,
 ) -> SampleReport:
     """Write `config.epochs` epochs of rows drawn from a tokenised folder.
@@ -90,6 +91,7 @@ def sample(
 
     Args:
         replace: allow `out` to exist; it is swapped when the new folder is whole.
+        inputs: put into the completion marker, for callers that skip work already done.
 
     Raises:
         DataError: damaged strata, or no usable row.
@@ -98,7 +100,9 @@ def sample(
     tokenized = Path(tokenized)
     info = read_tokenizer_info(tokenized)
     strata = [read_stratum(folder) for folder in stratum_folders(tokenized)]
-    with atomic_folder(out, replace=replace, format_version=FORMAT_VERSION) as temporary:
+    with atomic_folder(
+        out, replace=replace, format_version=FORMAT_VERSION, inputs=inputs
+    ) as temporary:
         digest, bases = _copy_tokens(strata, info, temporary / TOKENS_FILE, progress)
         report = _write_epochs(strata, bases, [digest, info], config, temporary, progress)
         write_json(

@@ -24,7 +24,7 @@ from hrmtext.runtime.rng import keyed_seed
 
 ITEMS_PER_REQUEST = 500
 HELD_OUT_SEED_DISTANCE = 2**30
-"""Held-out seeds lie that far above training seeds; no family can have as many rows."""
+"""Held-out seeds lie that far above training seeds, more than any family has rows."""
 MAX_ATTEMPTS_PER_HELD_OUT_ROW = 20
 WORKER = "hrmtext.data.sources.reasoning_gym_worker"
 
@@ -290,6 +290,12 @@ class _Generator:
     ) -> None:
         self.config, self.pool, self.progress = config, pool, progress
         self.done, self.total = 0, sum(config.sizes) + sum(config.eval_sizes)
+        names = [family.stratum for family in config.families]
+        attempts = [MAX_ATTEMPTS_PER_HELD_OUT_ROW * size for size in config.eval_sizes]
+        self.sizes = {
+            False: dict(zip(names, config.sizes, strict=True)),
+            True: dict(zip(names, attempts, strict=True)),
+        }
 
     def run(
         self, wanted: Sequence[tuple[FamilyConfig, int, int]], *, held_out: bool
@@ -307,7 +313,8 @@ class _Generator:
                         "family": family.name,
                         "config": family.config,
                         "seed": seed + (HELD_OUT_SEED_DISTANCE if held_out else 0),
-                        "size": HELD_OUT_SEED_DISTANCE,
+                        # Some families draw a plan of this length when they are created.
+                        "size": self.sizes[held_out][family.stratum],
                         "start": at,
                         "stop": min(at + ITEMS_PER_REQUEST, stop),
                         "with_metadata": held_out,
