@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -134,8 +134,13 @@ class TextModel:
         stop_tokens: Sequence[int | str] | None = None,
         depth: Depth | tuple[int, int] | None = None,
         with_logprobs: bool = True,
+        progress: Callable[[int, int], None] | None = None,
     ) -> list[Generated]:
-        """As `generate`, with token ids, finish reasons and log-probabilities."""
+        """As `generate`, with token ids, finish reasons and log-probabilities.
+
+        Args:
+            progress: called after every batch with the answers done and wanted.
+        """
         config = config or GenerateConfig()
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts:
@@ -163,6 +168,8 @@ class TextModel:
                 rows, self._answer(rows, encoded, limits, config, settings), strict=True
             ):
                 answers[row] = answer
+            if progress is not None:
+                progress(sum(answer is not None for answer in answers), len(answers))
         return [answer for answer in answers if answer is not None]
 
     def _answer(
