@@ -19,7 +19,7 @@ from hrmtext.model.depth import Depth
 from hrmtext.model.flops import training_flops
 from hrmtext.runtime import dist
 from hrmtext.runtime.compile import compile_blocks
-from hrmtext.runtime.device import pick_device, pick_dtype
+from hrmtext.runtime.device import pick_device, pick_training_dtype
 from hrmtext.runtime.log import logger
 from hrmtext.train.checkpoint import RunIdentity, load_checkpoint, save_checkpoint
 from hrmtext.train.metrics import Interval, MetricsLog, Stopwatch, peak_flops
@@ -130,7 +130,7 @@ class Session:
         self.is_writer = dist.rank() == 0
         self.model_config = config.model.resolve()
         check_data(config, source)
-        dtype = pick_dtype(config.precision, device)
+        dtype = pick_training_dtype(config.precision, device)
         self.total_steps = config.max_steps or source.num_steps(config)
         self.identity = RunIdentity(
             config=config,

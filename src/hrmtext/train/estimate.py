@@ -1,0 +1,290 @@
+"""What a run will take, before it starts: parameters, operations, memory, time."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+
+import numpy as np
+import torch
+
+from hrmtext.batch import PackedBatch, RowLayout
+from hrmtext.config.base import dump_yaml
+from hrmtext.config.model import ModelConfig
+from hrmtext.config.train import TrainConfig
+from hrmtext.data.loader import GlobalBatch
+from hrmtext.model import build_model
+from hrmtext.model.depth import Depth
+from hrmtext.model.flops import count_parameters, training_flops
+from hrmtext.runtime.device import pick_training_dtype
+from hrmtext.runtime.rng import numpy_generator
+from hrmtext.train.metrics import peak_flops
+from hrmtext.train.optim import AdamAtan2
+from hrmtext.train.precision import ComputeModel
+from hrmtext.train.progress import format_time
+from hrmtext.train.schedule import depth_at
+from hrmtext.train.source import DataSource
+from hrmtext.train.step import TrainStep
+
+ASSUMED_SHARE = 0.38
+"""Share of a GPU's bf16 peak that the published runs reached."""
+TYPICAL_ROW_TOKENS = 135
+"""Mean length of a row of the published corpus, assumed where no data is given."""
+TYPICAL_HEAD_SHARE = 0.3
+"""Share of tokens that bear loss, assumed where no data is given."""
+PROBE_STEPS = 3
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes on one device, every rank holding the whole model."""
+
+    weights: int
+    """fp32 master weights."""
+    optimizer: int
+    """Two fp32 moments."""
+    ema: int
+    gradients: int
+    """fp32 gradients."""
+    compute_copy: int
+    """bf16 weights and their gradients; 0 in fp32."""
+    activations: int
+    """Saved for the backward pass of one bin at the deepest setting; an estimate."""
+    logits: int
+    """One chunk of logits and the fp32 gradient of the head."""
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts."""
+        return sum(dataclasses.astuple(self))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """What `--dry-run` shows."""
+
+    config: TrainConfig
+    model: ModelConfig
+    precision: str
+    stored_parameters: int
+    unfolded_parameters: int
+    total_steps: int | None
+    """None: depends on the data, and none was given."""
+    total_tokens: float | None
+    flops_per_token: float
+    """At full backward depth."""
+    total_flops: float | None
+    """Over the depth schedule."""
+    memory: Memory
+    tokens_per_s: float | None
+    seconds: float | None
+    """Expected training time, validation and checkpoints left out."""
+    basis: str
+    """Where the speed comes from."""
+
+    def text(self) -> str:
+        """The estimate for people, the resolved config first."""
+        lines = [dump_yaml(self.config).rstrip(), "", *self._facts()]
+        return "\n".join(lines)
+
+    def _facts(self) -> list[str]:
+        memory = self.memory
+        facts = [
+            ("parameters", f"{self.stored_parameters:,} stored, {self.unfolded_parameters:,} "
+                           f"unfolded over {self.model.num_stack_calls} stack calls"),
+            ("precision", f"{self.precision} forward and backward, fp32 master weights"),
+            ("steps", "depends on the data" if self.total_steps is None
+                      else f"{self.total_steps:,} of {self.config.batch_tokens:,} tokens"),
+            ("FLOPs a token", f"{self.flops_per_token / 1e9:.4g} G at full backward depth"),
+        ]  # fmt: skip
+        if self.total_flops is not None:
+            facts.append(("FLOPs in all", f"{self.total_flops:.3g}"))
+        parts = ", ".join(
+            f"{field.name.replace('_', ' ')} {format_bytes(getattr(memory, field.name))}"
+            for field in dataclasses.fields(memory)
+            if getattr(memory, field.name)
+        )
+        facts.append(("memory", f"about {format_bytes(memory.total)} a device: {parts}"))
+        if self.tokens_per_s is not None:
+            facts.append(("speed", f"{self.tokens_per_s:,.0f} tokens/s ({self.basis})"))
+        if self.seconds is not None:
+            facts.append(("time", f"about {format_time(self.seconds)}"))
+        elif self.tokens_per_s is None:
+            facts.append(("time", self.basis))
+        return [f"{name + ':':<15}{value}" for name, value in facts]
+
+
+def estimate(
+    config: TrainConfig,
+    *,
+    source: DataSource | None = None,
+    device: torch.device,
+    num_devices: int = 1,
+    measure: bool = False,
+) -> Estimate:
+    """Count what can be counted, and measure or assume the speed.
+
+    Args:
+        source: gives the number of steps; without it only `max_steps` does.
+        device: where the run will be.
+        num_devices: data-parallel devices.
+        measure: run a few real steps here; otherwise a GPU's data sheet is taken, at the share
+            of its peak that the published runs reached, and a CPU's time stays unknown.
+    """
+    model = config.model.resolve()
+    dtype = pick_training_dtype(config.precision, device)
+    counts = count_parameters(model)
+    total_steps = config.max_steps
+    if total_steps is None and source is not None:
+        total_steps = source.num_steps(config)
+    shape = {"context_tokens": TYPICAL_ROW_TOKENS / 2, "head_share": TYPICAL_HEAD_SHARE}
+    deepest = depth_at(total_steps or 1, config, model, total_steps or 1)
+    flops_per_token = training_flops(model, deepest, **shape)
+    total_tokens = total_flops = None
+    if total_steps is not None:
+        total_tokens = float(total_steps) * config.batch_tokens
+        mean = _mean_flops(config, model, total_steps, shape)
+        total_flops = mean * total_tokens
+    tokens_per_s, basis = _speed(config, model, device, num_devices, flops_per_token, measure)
+    seconds = None
+    if total_flops is not None and tokens_per_s is not None:
+        seconds = total_flops / (tokens_per_s * flops_per_token)
+        if config.max_minutes is not None:
+            seconds = min(seconds, config.max_minutes * 60)
+    return Estimate(
+        config=config,
+        model=model,
+        precision="bf16" if dtype == torch.bfloat16 else "fp32",
+        stored_parameters=counts.stored,
+        unfolded_parameters=counts.unfolded,
+        total_steps=total_steps,
+        total_tokens=total_tokens,
+        flops_per_token=flops_per_token,
+        total_flops=total_flops,
+        memory=estimate_memory(config, model, dtype, deepest, num_devices),
+        tokens_per_s=tokens_per_s,
+        seconds=seconds,
+        basis=basis,
+    )
+
+
+def estimate_memory(
+    config: TrainConfig, model: ModelConfig, dtype: torch.dtype, depth: Depth, num_devices: int = 1
+) -> Memory:
+    """Bytes on one device; activations by `activation_bytes`."""
+    stored = count_parameters(model).stored
+    is_copy = dtype != torch.float32
+    bins = max(1, config.batch_tokens // config.bin_size)
+    tokens = config.bin_size if bins >= num_devices else config.batch_tokens // num_devices
+    chunk = min(config.loss_chunk_bytes, 4 * model.vocab_size * tokens)
+    return Memory(
+        weights=4 * stored,
+        optimizer=8 * stored,
+        ema=4 * stored,
+        gradients=4 * stored,
+        compute_copy=2 * 2 * stored if is_copy else 0,
+        activations=int(activation_bytes(model, depth, dtype) * tokens),
+        logits=int(chunk * (2.5 if is_copy else 2)) + 4 * model.vocab_size * model.hidden_size,
+    )
+
+
+def activation_bytes(model: ModelConfig, depth: Depth, dtype: torch.dtype) -> float:
+    """Bytes a token saved for the backward pass by eager blocks, without attention's mask.
+
+    A block keeps, with width D, attention width A and SwiGLU width M: the fp32 input (D) and the
+    output (D) of two RMSNorms; queries, keys, values and output of the attention, its output in
+    stream order, the gate's sigmoid and the gated product (7 A); gate, up, silu and product (4 M).
+    """
+    width, attention, mlp = model.hidden_size, model.attention_size, model.mlp_size
+    size = 2 if dtype == torch.bfloat16 else 4
+    norm = (4 + size) * width
+    block = 2 * norm + size * (7 * attention + 4 * mlp)
+    return depth.num_gradient_calls * (model.num_layers_per_stack * block + norm)
+
+
+def _mean_flops(
+    config: TrainConfig, model: ModelConfig, total_steps: int, shape: dict[str, float]
+) -> float:
+    """Operations a token, averaged over the depth schedule."""
+    sampled = np.unique(np.linspace(0, total_steps - 1, 1000).astype(int)).tolist()
+    flops = [
+        training_flops(model, depth_at(s, config, model, total_steps), **shape) for s in sampled
+    ]
+    return float(np.mean(flops))
+
+
+def _speed(
+    config: TrainConfig,
+    model: ModelConfig,
+    device: torch.device,
+    num_devices: int,
+    flops_per_token: float,
+    measure: bool,
+) -> tuple[float | None, str]:
+    if measure:
+        speed = measure_speed(config, model, device)
+        note = f"measured here over {PROBE_STEPS} steps"
+        if num_devices > 1:
+            note += f", times {num_devices} devices"
+        return speed * num_devices, note
+    peak = peak_flops(device)
+    if peak is None:
+        return None, "unknown until measured (--measure runs a few steps)"
+    speed = ASSUMED_SHARE * peak * num_devices / flops_per_token
+    return speed, f"assumed: {100 * ASSUMED_SHARE:.0f}% of the device's bf16 peak, not measured"
+
+
+def measure_speed(config: TrainConfig, model: ModelConfig, device: torch.device) -> float:
+    """Tokens a second of a few real optimizer steps at full depth, on random rows."""
+    dtype = pick_training_dtype(config.precision, device)
+    master = build_model(model, seed=0, device=device)
+    compute = ComputeModel(master, dtype)
+    optimizer = AdamAtan2(master.parameters(), lr=config.lr, ema_decay=config.ema_decay)
+    step = TrainStep(compute, optimizer, config, device)
+    batch = random_batch(config, model)
+    depth = depth_at(1, config, model, 1)
+    times = []
+    for index in range(PROBE_STEPS + 1):
+        start = time.perf_counter()
+        step.run(batch, depth=depth, lr=0.0, step=index)  # the guard waits for the device
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return batch.num_tokens / min(times[1:])
+
+
+def random_batch(config: TrainConfig, model: ModelConfig) -> GlobalBatch:
+    """A step of full bins of rows of typical length, a third of each supervised."""
+    generator = numpy_generator(config.seed, "probe")
+    length = min(TYPICAL_ROW_TOKENS, model.max_seq_len, config.bin_size)
+    prompt = max(1, round(length * (1 - TYPICAL_HEAD_SHARE)))
+    bins = []
+    for _ in range(max(1, config.batch_tokens // config.bin_size)):
+        num_rows = max(1, config.bin_size // length)
+        used = num_rows * length
+        size = config.bin_size if config.pad_bins else used
+        tokens = torch.from_numpy(generator.integers(0, model.vocab_size, size))
+        position = torch.arange(used) % length
+        labels = torch.full((size,), -100)
+        supervised = (position >= prompt - 1).nonzero().squeeze(1)
+        labels[supervised] = tokens[supervised]
+        prefix = prompt if model.prefix_lm else 0
+        layout = RowLayout.from_prefixes([length] * num_rows, [prefix] * num_rows, size)
+        positions = torch.cat((position, torch.arange(size - used)))
+        bins.append(PackedBatch(tokens=tokens, labels=labels, positions=positions, layout=layout))
+    return GlobalBatch(
+        index=0,
+        epoch=0,
+        bins=bins,
+        num_supervised_tokens=sum(int((b.labels != -100).sum()) for b in bins),
+        num_tokens=sum(sum(b.layout.lengths) for b in bins),
+    )
+
+
+def format_bytes(size: float) -> str:
+    """`512 B`, `3.2 MiB`, `28.1 GiB`."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if size < 1024 or unit == "GiB":
+            break
+        size /= 1024
+    return f"{size:.0f} {unit}" if unit == "B" else f"{size:,.1f} {unit}"
