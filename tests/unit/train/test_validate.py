@@ -20,6 +20,7 @@ CPU = torch.device("cpu")
 CONFIG = preset("test")
 
 
+@torch.no_grad()
 def by_hand(model, rows, conditions):
     """Sums over single rows through the dense reference backend."""
     results = {}
@@ -28,8 +29,7 @@ def by_hand(model, rows, conditions):
     for (prompt, response), condition in zip(rows, conditions, strict=True):
         batch = PackedBatch.from_rows([(prompt, response)])
         plan = make_plan(batch.layout, dtype=torch.float64, backend="reference")
-        with torch.no_grad():
-            states = model(batch.tokens, batch.positions, plan).states
+        states = model(batch.tokens, batch.positions, plan).states
         labels = torch.tensor(response)
         for cycle, state in enumerate(states):
             logits = model.head(state)[len(prompt) - 1 :]
