@@ -267,6 +267,18 @@ def open_array(path: Path) -> Array:
     return array
 
 
+def save_array(path: Path, array: Array) -> None:
+    """Write a one-dimensional array as .npy; a full disk raises an OSError that says so.
+
+    np.save does not: it writes behind Python's back and reports a count of bytes.
+    """
+    array = np.ascontiguousarray(array)
+    with path.open("wb") as stream:
+        header = np.lib.format.header_data_from_array_1_0(array)
+        np.lib.format.write_array_header_1_0(stream, header)
+        stream.write(array.view(np.uint8).data)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON file whose top level is a mapping; DataError otherwise."""
     try:

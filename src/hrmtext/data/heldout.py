@@ -71,9 +71,9 @@ def load_rows(folder: str | Path, limit: int | None = None, epoch: int = 0) -> l
         index, ids = data.epoch(epoch), data.stratum_ids(epoch)
         labels = [stratum_label(name) for name in data.strata()]
         names = [""] * index.num_rows if ids is None else [labels[i] for i in ids.tolist()]
-        conditions = _condition_names(data.info)
+        conditions = condition_names(data.info)
         return list(_rows(data.tokens, index, names, conditions, limit))
-    conditions = _condition_names(read_tokenizer_info(folder))
+    conditions = condition_names(read_tokenizer_info(folder))
     rows: list[TokenRow] = []
     for path in stratum_folders(folder):
         stratum = read_stratum(path)
@@ -147,6 +147,13 @@ def read_held_out(path: str | Path) -> list[HeldOutRow]:
     return rows
 
 
+def condition_names(info: dict[str, Any]) -> dict[int, str]:
+    """Token id -> condition name, for tokenizers with the usual special tokens."""
+    mapping = info.get("condition_mapping", CONDITIONS)
+    ids = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
+    return {ids[token]: name for name, token in mapping.items() if token in ids}
+
+
 def _rows(
     tokens: Array,
     index: RowIndex,
@@ -164,13 +171,6 @@ def _rows(
             condition=_condition(prompt, conditions),
             stratum=names[row],
         )
-
-
-def _condition_names(info: dict[str, Any]) -> dict[int, str]:
-    """Token id -> condition name, for tokenizers with the usual special tokens."""
-    mapping = info.get("condition_mapping", CONDITIONS)
-    ids = {token: number for number, token in enumerate(SPECIAL_TOKENS)}
-    return {ids[token]: name for name, token in mapping.items() if token in ids}
 
 
 def _condition(prompt: list[int], names: dict[int, str]) -> str:

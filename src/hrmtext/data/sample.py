@@ -23,6 +23,7 @@ from hrmtext.data.format import (
     Stratum,
     read_stratum,
     read_tokenizer_info,
+    save_array,
     stratum_folders,
 )
 from hrmtext.data.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
@@ -232,8 +233,8 @@ def _write_epochs(
         epoch_folder = folder / f"epoch_{epoch}"
         epoch_folder.mkdir()
         for name, array in zip(INDEX_NAMES, index, strict=True):
-            np.save(epoch_folder / f"{name}.npy", array.astype(np.int64, copy=False))
-        np.save(epoch_folder / STRATUM_FILE, stratum_ids[order])
+            save_array(epoch_folder / f"{name}.npy", array.astype(np.int64, copy=False))
+        save_array(epoch_folder / STRATUM_FILE, stratum_ids[order])
         if progress is not None:
             progress("sampling epochs", epoch + 1, config.epochs)
     tokens = sum(report.tokens_per_epoch for report in reports.values())

@@ -19,6 +19,8 @@ from hrmtext.data.format import (
     TOKENIZER_INFO_FILE,
     TOKENS_FILE,
     RowIndex,
+    read_json,
+    save_array,
     tokenizer_info,
 )
 from hrmtext.data.sources.local import RowProblems, find_files, read_batches
@@ -142,9 +144,9 @@ def tokenize_file(source: Path, folder: Path, tokenizer: PromptTokenizer) -> Non
         num_tokens=len(tokens),
         dropped=problems.to_mapping(),
     ) as temporary:
-        np.save(temporary / TOKENS_FILE, tokens)
+        save_array(temporary / TOKENS_FILE, tokens)
         for name, array in zip(INDEX_NAMES, index, strict=True):
-            np.save(temporary / f"{name}.npy", array)
+            save_array(temporary / f"{name}.npy", array)
         write_json(
             temporary / METADATA_FILE,
             {"source_mtime": int(before.st_mtime), "source_size": before.st_size},
@@ -192,8 +194,6 @@ def _is_current(folder: Path, source: Path, tokenizer: PromptTokenizer) -> bool:
 
 
 def _source_size(folder: Path) -> int | None:
-    from hrmtext.data.format import read_json
-
     try:
         return read_json(folder / METADATA_FILE).get("source_size")
     except DataError:
