@@ -15,12 +15,12 @@ from hrmtext.artifacts import RunFolder, read_tensors
 UNIT = Path(__file__).parents[1] / "unit" / "train"
 
 SCRIPT = """
-import json, sys
+import json, os, signal, sys
 sys.path.insert(0, sys.argv[1])
 import torch
 torch.set_num_threads(1)
 from memory_source import MemorySource, random_rows, small_config
-from hrmtext.train import train_on
+from hrmtext.train import step, train_on
 
 class Recording(MemorySource):
     def loader(self, config, rank, world_size):
@@ -32,13 +32,24 @@ class Recording(MemorySource):
 # of which the second rank gets nothing.
 rows, heldout = random_rows(15), random_rows(12, seed=5)
 source = Recording(rows, rows_per_step=7, rows_per_bin=2, heldout=heldout)
+stop_at = int(sys.argv[3])
+original = step.TrainStep.run
+
+def run(self, *args, **kwargs):
+    result = original(self, *args, **kwargs)
+    if kwargs["step"] + 1 == stop_at and source.rank == 1:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return result
+
+step.TrainStep.run = run
 result = train_on(small_config(epochs=4), source, run_folder=sys.argv[2], progress="none")
 with open(f"{sys.argv[2]}-rows-{source.rank}.json", "w") as stream:
     json.dump({"served": source.made.served, "step": result.step}, stream)
 """
 
 
-def launch(run, num_ranks):
+def launch(run, num_ranks, stop_at=0):
+    """Run the script on `num_ranks` processes; returns their exit codes and error output."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -52,20 +63,20 @@ def launch(run, num_ranks):
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port),
         }
-        command = [sys.executable, "-c", SCRIPT, str(UNIT), str(run)]
+        command = [sys.executable, "-c", SCRIPT, str(UNIT), str(run), str(stop_at)]
         processes.append(
             subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         )
-    for process in processes:
-        _, errors = process.communicate(timeout=120)
-        assert process.returncode == 0, errors
+    errors = [process.communicate(timeout=120)[1] for process in processes]
+    return [process.returncode for process in processes], errors
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     for num_ranks in (1, 2):
-        launch(folder / f"run{num_ranks}", num_ranks)
+        codes, errors = launch(folder / f"run{num_ranks}", num_ranks)
+        assert codes == [0] * num_ranks, errors
     return folder
 
 
@@ -109,3 +120,17 @@ def test_loss_accuracy_and_validation_agree_and_one_rank_writes(runs):
             for weights in ("raw", "ema"):
                 assert b[weights]["rows"] == a[weights]["rows"] == 12
                 assert b[weights]["loss"] == pytest.approx(a[weights]["loss"], rel=1e-4)
+
+
+def test_a_signal_to_one_rank_stops_both_at_the_same_step_and_both_go_on(runs):
+    run = runs / "stopped"
+    codes, errors = launch(run, 2, stop_at=4)
+    assert codes == [1, 1]
+    for text in errors:
+        assert "stopped after step 4 of 12" in text
+    assert RunFolder(run).latest().name == "step_0000004"
+    codes, errors = launch(run, 2)
+    assert codes == [0, 0], errors
+    whole = read_tensors(RunFolder(runs / "run2").latest() / "model.safetensors")
+    for key, tensor in read_tensors(RunFolder(run).latest() / "model.safetensors").items():
+        assert torch.equal(tensor, whole[key]), key

@@ -204,6 +204,10 @@ class Session:
             )
         try:
             stopped_by = self._steps(log, shown)
+        except TrainingInterrupted:
+            if self.is_writer:
+                write_report(self.folder)
+            raise
         finally:
             shown.close()
             if log is not None:

@@ -142,6 +142,7 @@ def test_a_polite_signal_saves_says_so_and_the_run_goes_on_exactly(tmp_path, who
     assert code == 3
     assert f"TrainingInterrupted: {name}: stopped after step 7 of 16" in output
     assert RunFolder(folder).latest().name == "step_0000007"
+    assert "<svg" in RunFolder(folder).report_file.read_text()
     train_on(small_config(), make_source(), run_folder=folder, resume="must", progress="none")
     assert_same_run(whole.run_folder, folder)
 
