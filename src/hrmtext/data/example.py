@@ -36,6 +36,8 @@ class HeldOutRow:
     """Family whose scorer can judge the row, where there is one."""
     metadata: dict[str, Any] | None = None
     """What the family's scorer needs; None: only exact match can judge the row."""
+    settings: dict[str, Any] | None = None
+    """The family's settings where they are not its defaults; some scorers depend on them."""
 
 
 def normalize_prompt(text: str) -> str:

@@ -23,6 +23,7 @@ from hrmtext.data.format import (
 )
 from hrmtext.data.heldout import SAMPLED_KEY, condition_names
 from hrmtext.data.sources.local import RowProblems, find_files, read_batches, stratum_label
+from hrmtext.data.table import table_lines
 from hrmtext.errors import DataError
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
@@ -66,7 +67,7 @@ class Summary:
         """Plain values for JSON."""
         return dataclasses.asdict(self)
 
-    def to_text(self, max_strata: int = 40) -> str:
+    def text(self, max_strata: int = 40) -> str:
         """A table for the terminal; at most `max_strata` strata, the largest first."""
         lines = [f"{self.kind}: {self.rows:,} rows, {self.units:,} {self.unit}"]
         lines += [f"{name}: {value}" for name, value in self.facts.items()]
@@ -86,12 +87,12 @@ class Summary:
                     f"{stratum.prompt_units:,}", f"{stratum.response_units:,}",
                 )
             )  # fmt: skip
-        lines += _table(table)
+        lines += table_lines(table)
         if len(ranked) > max_strata:
             lines.append(f"... and {len(ranked) - max_strata} more")
-        lines += ["", *_table([("condition", "rows"), *_counts(self.conditions)])]
+        lines += ["", *table_lines([("condition", "rows"), *_counts(self.conditions)])]
         if self.problems:
-            lines += ["", *_table([("cannot be used", "rows"), *_counts(self.problems)])]
+            lines += ["", *table_lines([("cannot be used", "rows"), *_counts(self.problems)])]
         return "\n".join(lines)
 
 
@@ -234,15 +235,3 @@ def _conditions(tokens: Array, index: RowIndex, names: dict[int, str]) -> dict[s
 
 def _counts(counts: dict[str, int]) -> Iterable[tuple[str, str]]:
     return ((name or "(none)", f"{count:,}") for name, count in counts.items())
-
-
-def _table(rows: list[tuple[str, ...]]) -> list[str]:
-    """Rows as lines: the first column to the left, numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  ".join(
-            cell.rjust(width) if number else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ).rstrip()
-        for row in rows
-    ]

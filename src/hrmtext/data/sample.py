@@ -26,6 +26,8 @@ from hrmtext.data.format import (
     save_array,
     stratum_folders,
 )
+from hrmtext.data.sources.local import stratum_label
+from hrmtext.data.table import table_lines
 from hrmtext.data.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from hrmtext.data.workers import Progress
 from hrmtext.errors import DataError
@@ -73,6 +75,27 @@ class SampleReport:
     def to_mapping(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return dataclasses.asdict(self)
+
+    def text(self) -> str:
+        """A table for the terminal: what each stratum gives an epoch, and what was dropped."""
+        table: list[tuple[str, ...]] = [
+            ("stratum", "rows", "usable", "truncated", "rows/epoch", "tokens/epoch", "covered")
+        ]
+        for name, stratum in self.strata.items():
+            counts = (
+                stratum.rows, stratum.usable_rows, stratum.truncated_rows, stratum.rows_per_epoch,
+                round(stratum.tokens_per_epoch), stratum.covered_rows,
+            )  # fmt: skip
+            table.append((stratum_label(name), *(f"{count:,}" for count in counts)))
+        lines = [
+            f"{self.epochs} epochs of {self.rows_per_epoch:,} rows, {self.tokens_per_epoch:,} "
+            "tokens on average",
+            *table_lines(table),
+        ]
+        for name, stratum in self.strata.items():
+            for reason, count in stratum.dropped.items():
+                lines.append(f"dropped from {stratum_label(name)}: {count:,} rows: {reason}")
+        return "\n".join(lines)
 
 
 def sample(

@@ -355,6 +355,7 @@ def test_rows_beyond_the_context_are_cut_or_dropped_and_counted(tokenizer, tmp_p
         "instruction leaves no room for a response": 2,
         "response too short after truncation": 1,
     }
+    assert "dropped from x: 1 rows: response too short after truncation" in report.text()
     assert stratum.usable_rows + sum(stratum.dropped.values()) == stratum.rows == len(lengths)
 
     rules = (StratumRule(prefix="", long_rows="drop"),)

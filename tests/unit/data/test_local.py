@@ -140,6 +140,11 @@ def test_strata_are_named_by_their_path(tmp_path):
         find_files(tmp_path)
 
 
+def test_a_file_that_went_away_is_named(tmp_path):
+    with pytest.raises(DataError, match=r"could not read .*gone\.jsonl: No such file"):
+        read(tmp_path / "gone.jsonl")
+
+
 def test_missing_and_wrong_paths_are_refused(tmp_path):
     with pytest.raises(DataError, match="no such file or folder"):
         find_files(tmp_path / "nowhere")

@@ -224,7 +224,7 @@ def test_inspect_counts_every_kind_of_folder(raw, tmp_path):
     assert rows.unit == "characters"
     assert inspect(raw).problems == {"malformed JSON": 2}
     for summary in (whole, tokenized, rows):
-        text = summary.to_text(max_strata=2)
+        text = summary.text(max_strata=2)
         assert f"{summary.rows:,} rows" in text and "... and 2 more" in text
         json.dumps(summary.to_mapping())
 

@@ -117,6 +117,8 @@ def test_one_family_may_be_listed_twice_under_labels():
     data = source.generate(mix({"name": "gcd", "size": 30}, hard, num_rows=40, eval_size=5))
     assert {name: len(rows) for name, rows in data.train.items()} == {"gcd": 30, "gcd_hard": 40}
     assert data.held_out["gcd_hard"][0].family == "gcd"
+    assert data.held_out["gcd_hard"][0].settings == hard["config"]
+    assert data.held_out["gcd"][0].settings is None
     with pytest.raises(ConfigError, match="lists 'gcd' twice"):
         mix("gcd", "gcd")
 

@@ -13,7 +13,6 @@ from typing import Any
 from hrmtext.data.example import DEFAULT_CONDITION, Example
 from hrmtext.data.tokenizer import CONDITIONS
 from hrmtext.errors import BackendError, DataError
-from hrmtext.runtime.io import explain_storage_errors
 
 SUFFIXES = (".jsonl", ".parquet")
 ROWS_PER_BATCH = 1_000
@@ -170,7 +169,11 @@ def _is_unicode(text: str) -> bool:
 
 
 def _jsonl_rows(path: Path, problems: RowProblems) -> Iterator[tuple[str, Any]]:
-    with explain_storage_errors(path), path.open("rb") as stream:
+    try:
+        stream = path.open("rb")
+    except OSError as error:
+        raise DataError(f"could not read {path}: {error.strerror or error}") from error
+    with stream:
         for number, line in enumerate(stream, start=1):
             place = f"{path}:{number}"
             if number == 1:

@@ -129,7 +129,7 @@ def score(
 
     Args:
         entry: `{"question", "answer", "metadata"}` of a held-out row.
-        config: the family's settings, where they are not its defaults.
+        config: `settings` of the held-out row; None: the family's defaults.
 
     Raises:
         DataError: an unknown family. BackendError: reasoning-gym is not installed.
@@ -188,6 +188,7 @@ def _generate_held_out(
                         response=answer,
                         family=family.name,
                         metadata=metadata,
+                        settings=family.config or None,
                     )
                 )
     for name, found in rows.items():
