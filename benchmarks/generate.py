@@ -43,9 +43,7 @@ def our_side(model: TextModel, prompts: list[str], new_tokens: int) -> Side:
     config = GenerateConfig(max_new_tokens=new_tokens)
 
     def run() -> list[list[int]]:
-        answers = model.generate_tokens(
-            prompts, config=config, stop_tokens=(), with_logprobs=False
-        )
+        answers = model.generate_tokens(prompts, config=config, stop_tokens=(), with_logprobs=False)
         return [answer.tokens for answer in answers]
 
     return run

@@ -172,7 +172,10 @@ class PackedBatch:
                     f"batch.{name} is {tensor.dtype} of shape {tuple(tensor.shape)}, "
                     f"expected torch.int64 of shape ({count},)"
                 )
-        if self.tokens.numel() and not 0 <= int(self.tokens.min()) <= int(self.tokens.max()) < vocab_size:
+        if (
+            self.tokens.numel()
+            and not 0 <= int(self.tokens.min()) <= int(self.tokens.max()) < vocab_size
+        ):
             raise DataError(
                 f"batch.tokens range from {int(self.tokens.min())} to {int(self.tokens.max())}, "
                 f"expected 0 to {vocab_size - 1}: was the data tokenised for another vocabulary?"
@@ -185,4 +188,6 @@ class PackedBatch:
                 raise DataError(f"positions of the row at {start} do not count from 0")
             ends = self.layout.visible_end[start : start + length]
             if bool((ends <= torch.arange(length)).any()) or int(ends.max()) > length:
-                raise DataError(f"visible_end of the row at {start} leaves the row or hides a token from itself")
+                raise DataError(
+                    f"visible_end of the row at {start} leaves the row or hides a token from itself"
+                )

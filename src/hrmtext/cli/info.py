@@ -28,14 +28,14 @@ def info(
     if model in PRESETS:
         config = PRESETS[model]
     else:
-        from hrmtext.api import load_config
+        from hrmtext.api import read_config
 
-        config = load_config(model)
+        config = read_config(model)
     _model(console, config)
     return 0
 
 
-def _machine(console) -> None:  # noqa: ANN001
+def _machine(console) -> None:
     from hrmtext import __version__
     from hrmtext.runtime.device import describe, pick_device
 
@@ -44,7 +44,7 @@ def _machine(console) -> None:  # noqa: ANN001
         console.print(f"  {name:20} {value}")
 
 
-def _presets(console) -> None:  # noqa: ANN001
+def _presets(console) -> None:
     from rich.table import Table
 
     from hrmtext.config.model import PRESETS
@@ -63,7 +63,7 @@ def _presets(console) -> None:  # noqa: ANN001
     console.print(table)
 
 
-def _model(console, config) -> None:  # noqa: ANN001
+def _model(console, config) -> None:
     from hrmtext.config.base import dump_yaml
     from hrmtext.model.depth import Depth
     from hrmtext.model.flops import (
@@ -76,15 +76,15 @@ def _model(console, config) -> None:  # noqa: ANN001
     counts = count_parameters(config)
     console.print(dump_yaml(config), highlight=False)
     deepest = Depth.from_bp_steps(config, min(5, config.num_stack_calls))
+    kv_bytes = kv_bytes_per_token(config, 2)
     rows = {
         "parameters stored": f"{counts.stored:,}",
         "parameters unfolded": f"{counts.unfolded:,} (every stack call counted anew)",
         "forward": f"{forward_flops(config) / 1e9:.3f} GFLOP a token, attention scores apart",
         "training step": f"{training_flops(config, deepest) / 1e9:.3f} GFLOP a token, "
         f"{deepest.num_gradient_calls} of {config.num_stack_calls} stack calls with gradient",
-        "KV cache": f"{kv_bytes_per_token(config, 2):,} bytes a token in bf16, "
-        f"{config.num_slots} slots; {kv_bytes_per_token(config, 2) * config.max_seq_len / 2**30:.2f}"
-        f" GiB at {config.max_seq_len:,} tokens",
+        "KV cache": f"{kv_bytes:,} bytes a token in bf16, {config.num_slots} slots; "
+        f"{kv_bytes * config.max_seq_len / 2**30:.2f} GiB at {config.max_seq_len:,} tokens",
         "weights": f"{counts.stored * 2 / 2**30:.2f} GiB in bf16, "
         f"{counts.stored * 4 / 2**30:.2f} GiB in fp32",
     }

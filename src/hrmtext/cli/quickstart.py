@@ -38,11 +38,14 @@ def quickstart(
 
     stage(1, "data: generate, check, tokenise, sample")
     from hrmtext.cli.data import print_prepared
+    from hrmtext.cli.progress import stage_progress
     from hrmtext.data.prepare import prepare
 
     data_config = load(DataConfig, recipe("data/quickstart.yaml"))
     data_folder = out / "data"
-    print_prepared(console, prepare(data_config, data_folder))
+    with stage_progress() as progress:
+        prepared = prepare(data_config, data_folder, progress)
+    print_prepared(console, prepared)
 
     stage(2, "pretraining")
     from hrmtext.train.loop import train
@@ -50,18 +53,24 @@ def quickstart(
     train_config = load(
         TrainConfig, recipe("train/quickstart.yaml"), [f"max_minutes={max_minutes}"]
     )
-    result = train(
-        train_config, data_folder=data_folder, run_folder=out / "run", device=device
-    )
+    result = train(train_config, data_folder=data_folder, run_folder=out / "run", device=device)
     console.print(
         f"{result.step:,} of {result.total_steps:,} steps, {result.tokens / 1e6:.1f} M tokens, "
         f"{result.elapsed_s / 60:.1f} minutes"
     )
 
     stage(3, "evaluation on held-out prompts")
-    from hrmtext.cli.evaluate import evaluate_run
+    from hrmtext.cli.evaluate import evaluate_model
+    from hrmtext.config.evaluate import EvaluateConfig
 
-    report = evaluate_run(console, out / "run", data_folder, device=device)
+    report = evaluate_model(
+        console,
+        out / "run",
+        rows=data_folder / "heldout",
+        training_rows=data_folder / "clean",
+        config=EvaluateConfig(max_new_tokens=48),
+        device=device,
+    )
 
     stage(4, "export to a Hugging Face folder")
     from hrmtext.api import load as load_model
@@ -78,19 +87,26 @@ def quickstart(
     console.print(f"\nDone in {(time.monotonic() - began) / 60:.1f} minutes"
                   f"{_peak_memory()}. Next:")  # fmt: skip
     console.print(f"  open {out / 'run' / 'report.html'}")
-    console.print(f'  hrm-text generate {exported} "Spell this word backward (example: sun -> nus): lamp"')
-    console.print("  hrm-text train --help")
+    console.print(
+        f'  hrm-text generate {exported} "Spell this word backward (example: sun -> nus): lamp"'
+    )
+    console.print("  hrm-text --help")
     return 0
 
 
-def _answers(console, model, report) -> None:  # noqa: ANN001
+def _answers(console, model, report) -> None:
     """One held-out question of every family, answered, with the truth beside it."""
-    samples = report.samples
-    answers = model.generate([row.instruction for row in samples],
-                             [row.condition for row in samples], max_new_tokens=48)  # fmt: skip
-    for row, answer in zip(samples, answers, strict=True):
-        right = "right" if answer.strip() == row.response.strip() else f"truth: {row.response!r}"
-        console.print(f"  [bold]{row.stratum}[/bold] {row.instruction!r}\n    {answer!r}  ({right})")
+    firsts = {}
+    for prediction in report.predictions:
+        firsts.setdefault(prediction.family, prediction)
+    questions = [prediction.instruction for prediction in firsts.values()]
+    conditions = [prediction.condition for prediction in firsts.values()]
+    answers = model.generate(questions, conditions, max_new_tokens=48)
+    for (family, asked), answer in zip(firsts.items(), answers, strict=True):
+        right = answer.strip() == asked.expected.strip()
+        verdict = "right" if right else f"wrong, expected {asked.expected!r}"
+        console.print(f"  {family}: {asked.instruction!r}", markup=False)
+        console.print(f"    {answer!r}  ({verdict})", markup=False)
 
 
 def _peak_memory() -> str:

@@ -46,9 +46,7 @@ def train(
         return 0
     from hrmtext.train.loop import train as run_training
 
-    result = run_training(
-        settings, data_folder=data, run_folder=run, resume=resume, device=device
-    )
+    result = run_training(settings, data_folder=data, run_folder=run, resume=resume, device=device)
     print(f"checkpoint: {result.checkpoint}")
     print(f"report:     {result.run_folder / 'report.html'}")
     print(f"next:       hrm-text eval {run} --data {data}")

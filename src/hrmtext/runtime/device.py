@@ -45,6 +45,23 @@ def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
     return DTYPES[name]
 
 
+def pick_training_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """As `pick_dtype`, but "auto" is bf16 also on a CPU that has bf16 instructions.
+
+    There a training step takes about half the time; elsewhere bf16 on a CPU is emulated and slow.
+    """
+    if name in (None, "auto") and device.type == "cpu" and cpu_has_bf16():
+        return torch.bfloat16
+    return pick_dtype(name, device)
+
+
+def cpu_has_bf16() -> bool:
+    """Whether this processor multiplies bf16 matrices in hardware (AVX-512 BF16 or AMX)."""
+    # torch 2.11 may lack the query; fp32 is then the safe answer.
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
 def describe(device: torch.device) -> dict[str, str | int]:
     """Machine facts for run records: device name, cores, versions. No host names, no paths."""
     facts: dict[str, str | int] = {

@@ -16,7 +16,7 @@ from typing import Any
 from hrmtext.errors import CheckpointError, StorageError
 
 MARKER = "COMPLETE.json"
-"""Written last into a folder; a folder without it, or whose files differ in size, does not count."""
+"""Written last into a folder; without it, or if a file differs in size, it does not count."""
 
 
 @contextlib.contextmanager

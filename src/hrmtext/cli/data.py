@@ -1,0 +1,194 @@
+"""hrm-text data: from raw rows to packed training data, at once or stage by stage."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import tyro
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hrmtext.data.prepare import PreparedData
+
+
+def overview() -> int:
+    """Clean, tokenise, sample and inspect data; `hrm-text data --help` lists the stages."""
+    return 0
+
+
+def prepare(
+    config: Annotated[Path, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    /,
+) -> int:
+    """Run every stage: sources, cleaning, tokenizer, tokenising, sampling, held-out rows.
+
+    Stages that are up to date are skipped; an interrupted run goes on where it stopped.
+
+    Args:
+        config: a YAML recipe, for example configs/data/local.yaml.
+        out: folder of the results.
+        overrides: changes to the recipe as key=value, for example tokenizer.vocab_size=8192.
+    """
+    from rich.console import Console
+
+    from hrmtext.cli.progress import stage_progress
+    from hrmtext.config.base import load
+    from hrmtext.config.data import DataConfig
+    from hrmtext.data.prepare import prepare as run_prepare
+
+    settings = load(DataConfig, config, overrides)
+    with stage_progress() as progress:
+        prepared = run_prepare(settings, out, progress)
+    print_prepared(Console(highlight=False), prepared)
+    return 0
+
+
+def tokenizer(
+    clean: Annotated[Path, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    vocab_size: int = 65_536,
+    max_rows_per_stratum: int | None = 100_000,
+    max_chars_per_text: int = 10_000,
+) -> int:
+    """Train a byte-level BPE tokenizer with the system's special tokens.
+
+    Args:
+        clean: folder (or file) of cleaned rows, JSONL or Parquet.
+        out: folder to write tokenizer.json into.
+        vocab_size: entries, the 31 special tokens and 256 bytes included.
+        max_rows_per_stratum: rows read of each file, spread evenly; None for all.
+        max_chars_per_text: characters read of each text.
+    """
+    from hrmtext.data.prepare import training_texts
+    from hrmtext.data.tokenizer import PromptTokenizer, train_tokenizer
+    from hrmtext.runtime.io import atomic_folder
+
+    texts = training_texts(clean, max_rows_per_stratum, max_chars_per_text)
+    trained = PromptTokenizer(train_tokenizer(texts, vocab_size))
+    with atomic_folder(out) as temporary:
+        trained.save(temporary)
+    print(f"{trained.vocab_size:,} entries written to {out}")
+    return 0
+
+
+def tokenize(
+    clean: Annotated[Path, tyro.conf.Positional],
+    tokenizer: Annotated[Path, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    /,
+    *,
+    num_workers: int | None = None,
+) -> int:
+    """Tokenise cleaned rows, in parallel; files that are up to date are left alone.
+
+    Args:
+        clean: folder (or file) of cleaned rows, JSONL or Parquet.
+        tokenizer: tokenizer.json or its folder.
+        out: folder of the result, one folder a stratum.
+        num_workers: processes; None: one a core.
+    """
+    from rich.console import Console
+
+    from hrmtext.cli.progress import stage_progress
+    from hrmtext.data.tokenize import tokenize_files
+    from hrmtext.data.tokenizer import PromptTokenizer
+
+    with stage_progress() as progress:
+        report = tokenize_files(
+            clean, out, PromptTokenizer.load(tokenizer), num_workers=num_workers, progress=progress
+        )
+    print(
+        f"{report.num_strata} strata ({report.num_redone} tokenised now, {report.num_removed} "
+        f"removed), {report.num_rows:,} rows, {report.num_tokens:,} tokens"
+    )
+    for name, dropped in report.dropped.items():
+        _print_dropped(Console(highlight=False), name, dropped)
+    return 0
+
+
+def sample(
+    tokenized: Annotated[Path, tyro.conf.Positional],
+    out: Annotated[Path, tyro.conf.Positional],
+    overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    /,
+    *,
+    config: Path | None = None,
+    replace: bool = False,
+) -> int:
+    """Draw epochs of rows from tokenised strata, by caps and repeats.
+
+    Args:
+        tokenized: folder made by `hrm-text data tokenize`.
+        out: folder of the result.
+        overrides: changes as key=value, for example epochs=2 max_seq_len=1024.
+        config: a YAML file with the sampling section's keys.
+        replace: overwrite `out`.
+    """
+    from hrmtext.cli.progress import stage_progress
+    from hrmtext.config.base import load
+    from hrmtext.config.data import SamplingConfig
+    from hrmtext.data.sample import sample as run_sample
+
+    settings = load(SamplingConfig, config, overrides)
+    with stage_progress() as progress:
+        report = run_sample(tokenized, out, settings, replace=replace, progress=progress)
+    print(report.text())
+    return 0
+
+
+def inspect(folder: Annotated[Path, tyro.conf.Positional], /) -> int:
+    """Summarise a folder of any stage: rows, tokens, lengths, conditions, strata.
+
+    Args:
+        folder: cleaned, tokenised, sampled or held-out folder, or one that holds them all.
+    """
+    from hrmtext.data.inspect import inspect as summarise
+
+    print(summarise(folder).text())
+    return 0
+
+
+def print_prepared(console: Console, prepared: PreparedData) -> None:
+    """The tables that tell what `prepare` made, what it dropped, and that nothing is shared."""
+    from rich.table import Table
+
+    report = prepared.report
+    sources, cleaned = report["sources"], report["clean"]
+    table = Table("stratum", "training rows", "held-out rows")
+    for name, stratum in cleaned["strata"].items():
+        held_out = sources["held_out_rows"].get(name, 0)
+        table.add_row(name, f"{stratum['kept']:,}", f"{held_out:,}")
+    console.print(table)
+    for name, family in sources.get("reasoning_gym", {}).get("families", {}).items():
+        _print_dropped(console, name, family["dropped"])
+    for name, stratum in cleaned["strata"].items():
+        _print_dropped(console, name, stratum["dropped"] | stratum["unreadable"])
+    _print_dropped(console, "tokenising", report["tokenized"]["dropped"])
+    for name, stratum in report["sampled"]["strata"].items():
+        _print_dropped(console, name, stratum["dropped"])
+    console.print(
+        f"prompts that training and held-out rows share: "
+        f"{sources['train_rows_with_a_held_out_prompt']} (checked: every prompt of "
+        f"{sources['train_rows_compared']:,} training rows against "
+        f"{sum(sources['held_out_rows'].values()):,} held-out prompts)"
+    )
+    sampled = report["sampled"]
+    console.print(
+        f"vocabulary {report['tokenizer']['vocab_size']:,}; {sampled['rows_per_epoch']:,} rows and "
+        f"{sampled['tokens_per_epoch']:,.0f} tokens an epoch"
+    )
+    if prepared.skipped:
+        console.print(f"up to date, not repeated: {', '.join(prepared.skipped)}", style="dim")
+
+
+def _print_dropped(console: Console, where: str, dropped: Mapping[str, Any]) -> None:
+    for reason, count in dropped.items():
+        rows = count["rows"] if isinstance(count, dict) else count
+        console.print(f"left out of {where}: {rows:,} rows ({reason})", style="dim")

@@ -1,0 +1,121 @@
+"""What only a GPU can show: the same numbers as on the CPU, in the formats that run there."""
+
+import random
+
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+from hrmtext.batch import PackedBatch, RowLayout
+from hrmtext.config.model import preset
+from hrmtext.model import Depth, KVCache, build_model, make_plan
+from hrmtext.runtime.compile import compile_blocks
+from hrmtext.train.optim import AdamAtan2
+from hrmtext.train.precision import ComputeModel
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+
+def random_batch(config, seed=0):
+    rng = random.Random(seed)
+
+    def tokens(count):
+        return [rng.randrange(config.vocab_size) for _ in range(count)]
+
+    rows = [(tokens(rng.randint(1, 40)), tokens(rng.randint(1, 20))) for _ in range(9)]
+    return PackedBatch.from_rows(rows, num_tokens=512)
+
+
+def loss_and_gradients(config, device, dtype, backend, compiled=False):
+    model = build_model(config, seed=1, device=device).to(dtype)
+    if compiled:
+        compile_blocks(model, True, device=torch.device(device))
+    batch = random_batch(config)
+    plan = make_plan(batch.layout, device=device, dtype=dtype, backend=backend)
+    select = batch.supervised()
+    moved = batch.to(device)
+    out = model(
+        moved.tokens,
+        moved.positions,
+        plan,
+        depth=Depth.from_bp_steps(config, 5),
+        select=select.to(device),
+    )
+    loss = cross_entropy(out.logits.float(), batch.labels[select].to(device))
+    loss.backward()
+    return loss.item(), {n: p.grad.float().cpu() for n, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_fp32_on_the_gpu_equals_the_cpu(backend):
+    config = preset("micro")
+    expected, gradients = loss_and_gradients(config, "cpu", torch.float64, "reference")
+    loss, found = loss_and_gradients(config, "cuda", torch.float32, backend)
+    assert loss == pytest.approx(expected, abs=1e-4)
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(found[name], gradient.float(), rtol=2e-3, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+@pytest.mark.parametrize("compiled", [False, True])
+def test_bf16_on_the_gpu_is_as_near_to_fp64_as_bf16_on_the_cpu(compiled):
+    config = preset("micro")
+    expected, gradients = loss_and_gradients(config, "cpu", torch.float64, "reference")
+    _, on_cpu = loss_and_gradients(config, "cpu", torch.bfloat16, "sdpa")
+    loss, found = loss_and_gradients(config, "cuda", torch.bfloat16, "sdpa", compiled)
+    assert loss == pytest.approx(expected, abs=0.02)
+    for name, exact in gradients.items():
+        budget = 2 * (on_cpu[name] - exact).norm() + 1e-6
+        assert (found[name] - exact).norm() <= budget, name
+
+
+def test_cached_decoding_on_the_gpu_equals_one_pass():
+    config = preset("micro")
+    model = build_model(config, seed=1, device="cuda")
+    batch = random_batch(config).to("cuda")
+    layout = batch.layout
+    with torch.no_grad():
+        whole = model(
+            batch.tokens, batch.positions, make_plan(layout, device="cuda", dtype=torch.float32)
+        ).logits
+        cache = KVCache(config, len(layout.lengths), 64, device="cuda")
+        # Every row as a prompt of its own prefix length, then one decoded token.
+        prefixes = [int(layout.visible_end[start]) for start in layout.starts()]
+        prompts = RowLayout.from_prefixes(prefixes, prefixes)
+        pick = torch.cat(
+            [torch.arange(s, s + p) for s, p in zip(layout.starts(), prefixes, strict=True)]
+        ).to("cuda")
+        plan = cache.prefill(prompts, make_plan(prompts, device="cuda", dtype=torch.float32))
+        model(batch.tokens[pick], batch.positions[pick], plan)
+        plan.commit()
+        going_on = [i for i, p in enumerate(prefixes) if p < layout.lengths[i]]
+        cache.keep(torch.tensor(going_on, device="cuda"))
+        at = torch.tensor([layout.starts()[i] + prefixes[i] for i in going_on], device="cuda")
+        step = cache.decode()
+        logits = model(batch.tokens[at], step.positions, step).logits
+    torch.testing.assert_close(logits, whole[at], rtol=1e-3, atol=1e-4)
+
+
+def test_training_runs_on_the_gpu_and_its_loss_falls():
+    config = preset("micro")
+    model = build_model(config, seed=1, device="cuda")
+    compute = ComputeModel(model, torch.bfloat16)
+    optimizer = AdamAtan2(model.parameters(), lr=2e-3)
+    batch = random_batch(config)
+    select = batch.supervised()
+    moved = batch.to("cuda")
+    plan = make_plan(batch.layout, device="cuda", dtype=torch.bfloat16)
+    losses = []
+    for _ in range(60):
+        compute.clear_gradients()
+        out = compute.module(moved.tokens, moved.positions, plan, select=select.to("cuda"))
+        loss = cross_entropy(out.logits.float(), batch.labels[select].to("cuda"))
+        loss.backward()
+        compute.collect_gradients()
+        optimizer.step()
+        compute.refresh()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
