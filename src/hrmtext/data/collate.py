@@ -26,21 +26,21 @@ def pack_rows(
 
     Args:
         tokens: the token array that `index` points into.
-        index: R rows, checked before (`read_index`); R may be 0 where `num_tokens` is given.
+        index: R rows, at least one, checked before (`read_index`).
         row_ids: (R) numbers to carry along.
         num_tokens: T, to pad the stream to a fixed size; default: no padding.
         prefix_lm: False makes every row causal.
 
     Raises:
-        DataError: more tokens than `num_tokens`, or an empty batch of no size.
+        DataError: no row, or more tokens than `num_tokens`.
     """
     prompt = index.inst_len.astype(np.int64)  # (R)
     whole = prompt + index.resp_len.astype(np.int64)  # (R)
     inputs = whole - 1  # (R)
     used = int(inputs.sum())
     size = used if num_tokens is None else num_tokens
-    if used > size or size < 1:
-        raise DataError(f"rows have {used} tokens, but the stream {size}")
+    if not len(whole) or used > size:
+        raise DataError(f"{len(whole)} rows have {used} tokens, but the stream {size}")
 
     # Every token of every row, at its place in the token array.
     row = np.repeat(np.arange(len(whole)), whole)  # (S)
@@ -76,4 +76,21 @@ def pack_rows(
         positions=torch.from_numpy(positions),
         layout=layout,
         row_ids=() if row_ids is None else tuple(np.asarray(row_ids).tolist()),
+    )
+
+
+def padding_bin(num_tokens: int, pad_token: int = 0) -> PackedBatch:
+    """A bin that bears no loss: one row of one padding token, then padding; no row ids.
+
+    It holds a row, so that nothing behind it needs a case for streams without rows.
+    """
+    visible_end = torch.zeros(num_tokens, dtype=torch.int64)
+    visible_end[0] = 1
+    positions = torch.arange(num_tokens) - 1
+    positions[0] = 0
+    return PackedBatch(
+        tokens=torch.full((num_tokens,), pad_token, dtype=torch.int64),
+        labels=torch.full((num_tokens,), IGNORE, dtype=torch.int64),
+        positions=positions,
+        layout=RowLayout(num_tokens=num_tokens, lengths=(1,), visible_end=visible_end),
     )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy.typing as npt
 
 from hrmtext.batch import PackedBatch
-from hrmtext.data.collate import pack_rows
+from hrmtext.data.collate import pack_rows, padding_bin
 from hrmtext.data.format import RowIndex, SampledData
 from hrmtext.data.pack import Plan, plan_epoch
 from hrmtext.errors import CheckpointError, ConfigError, DataError
@@ -29,7 +29,7 @@ class GlobalBatch:
     epoch: int
     """Epoch, from 0; beyond the folder's epochs it goes on counting."""
     bins: list[PackedBatch]
-    """This rank's bins; every rank has as many. A bin may be all padding at an epoch's end."""
+    """This rank's bins; every rank has as many, at an epoch's end with `padding_bin`s."""
     num_supervised_tokens: int
     """Tokens that bear loss, over all ranks."""
     num_tokens: int
@@ -171,14 +171,15 @@ class Loader:
         bins = []
         for step in range(rounds):
             which = epoch.order[plan.bin(index, step * self.world_size + self.rank)]
-            # A rank without a filled bin still takes part in the step, with padding alone.
-            size = self.pad_to if len(which) else (self.pad_to or 1)
+            if not len(which):  # this rank still takes part in the step
+                bins.append(padding_bin(self.pad_to or 1))
+                continue
             bins.append(
                 pack_rows(
                     self.data.tokens,
                     epoch.index.take(which),
                     row_ids=which,
-                    num_tokens=size,
+                    num_tokens=self.pad_to,
                     prefix_lm=self.prefix_lm,
                 )
             )

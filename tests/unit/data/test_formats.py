@@ -252,6 +252,16 @@ def test_workers_change_nothing(cleaned, tokenized, tokenizer, tmp_path):
         assert path.read_bytes() == twin.read_bytes()
 
 
+def test_errors_of_workers_are_raised_as_they_are(cleaned, tokenizer, tmp_path):
+    root, _ = cleaned
+    path = root / "c.parquet"
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match=r"^\S*c\.parquet is not a whole Parquet file"):
+        tokenize_files(root, tmp_path / "out", tokenizer, num_workers=2)
+    path.unlink()
+    assert tokenize_files(root, tmp_path / "out", tokenizer, num_workers=2).num_rows == 100
+
+
 def test_bad_rows_are_counted_while_tokenising(tmp_path, tokenizer):
     path = tmp_path / "x.jsonl"
     path.write_bytes(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import threading
@@ -12,7 +13,7 @@ import torch
 
 from hrmtext.batch import IGNORE, PackedBatch
 from hrmtext.config.data import SamplingConfig, StratumRule
-from hrmtext.data.collate import pack_rows
+from hrmtext.data.collate import pack_rows, padding_bin
 from hrmtext.data.format import SampledData
 from hrmtext.data.heldout import load_rows, validation_batches
 from hrmtext.data.loader import Loader
@@ -102,13 +103,21 @@ def test_the_fast_path_equals_from_rows(data, prefix_lm, padding):
         fast.validate(data.vocab_size)
 
 
-def test_an_empty_bin_is_all_padding(data):
-    nothing = data.epoch(0).take(np.empty(0, np.int64))
-    batch = pack_rows(data.tokens, nothing, num_tokens=7)
+@pytest.mark.parametrize("size", [1, 7])
+def test_a_padding_bin_bears_no_loss_and_has_one_row(data, size):
+    batch = padding_bin(size)
     batch.validate(data.vocab_size)
-    assert batch.layout.lengths == () and batch.labels.tolist() == [IGNORE] * 7
-    with pytest.raises(DataError, match="rows have 0 tokens, but the stream 0"):
-        pack_rows(data.tokens, nothing)
+    assert batch.labels.tolist() == [IGNORE] * size and batch.row_ids == ()
+    alike = PackedBatch.from_rows([([0], [0])], num_tokens=size)
+    assert same_batch(batch, dataclasses.replace(alike, labels=batch.labels))
+
+
+def test_no_rows_and_too_many_are_refused(data):
+    index = data.epoch(0)
+    with pytest.raises(DataError, match="0 rows have 0 tokens"):
+        pack_rows(data.tokens, index.take(np.empty(0, np.int64)), num_tokens=7)
+    with pytest.raises(DataError, match="but the stream 7"):
+        pack_rows(data.tokens, index, num_tokens=7)
 
 
 def test_every_row_is_served_once_an_epoch(data):
@@ -153,7 +162,7 @@ def test_the_order_does_not_depend_on_the_number_of_ranks(data, world_size):
         shares = [batches[number] for batches in ranks]
         assert len({len(share.bins) for share in shares}) == 1  # every rank steps as often
         merged = [b for group in zip(*(share.bins for share in shares), strict=True) for b in group]
-        filled = [packed for packed in merged if packed.layout.lengths]
+        filled = [packed for packed in merged if packed.row_ids]
         assert len(filled) == len(expected.bins)
         assert all(same_batch(a, b) for a, b in zip(filled, expected.bins, strict=True))
         for share in shares:
