@@ -91,20 +91,23 @@ class EvaluationReport:
         return folder / EVALUATION_FILE
 
     def table(self) -> Table:
-        """A rich table: one line a family, the means below."""
+        """A rich table of 80 columns: one line a family, the means below, shares in percent."""
+        from rich import box
         from rich.table import Table
 
         with_scores = any(family.score is not None for family in self.families)
-        table = Table(title="Held-out exact match", title_justify="left")
-        table.add_column("family", no_wrap=True)
-        heads = ["exact match", "95 % interval", f"majority ({self.majority_source})", "invalid"]
-        for head in [*heads, *(["scorer"] if with_scores else []), "rows"]:
-            table.add_column(head, justify="right")
+        table = Table(title="Held-out exact match, in %", title_justify="left", box=box.SIMPLE_HEAD)
+        table.add_column("family", overflow="fold")
+        for head in ("exact", "95 % range", "majority", "invalid"):
+            table.add_column(head, justify="right", no_wrap=True)
+        if with_scores:
+            table.add_column("scorer", justify="right", no_wrap=True)
+        table.add_column("rows", justify="right", no_wrap=True)
         for family in self.families:
             cells = [
                 family.name,
                 _percent(family.exact_match),
-                f"{100 * family.low:.1f} - {100 * family.high:.1f} %",
+                f"{100 * family.low:.1f}-{100 * family.high:.1f}",
                 _percent(family.majority),
                 _percent(family.invalid),
             ]
@@ -124,18 +127,19 @@ class EvaluationReport:
         return table
 
     def show(self, console: Console | None = None) -> None:
-        """Print the table, and how it was made in one line."""
+        """Print the table, and how it was made."""
         from rich.console import Console
 
         console = console or Console()
         console.print(self.table())
         rate = self.generated_tokens / max(self.elapsed_s, 1e-9)
         console.print(
-            f"{self.generated_tokens:,} tokens in {self.elapsed_s:.1f} s ({rate:,.0f} a second); "
-            f"exact match after: {self.settings['normalisation']}",
+            f"exact: {self.settings['normalisation']}\n"
+            f"majority: always the most frequent answer of the family's {self.majority_source}\n"
+            f"{self.generated_tokens:,} tokens in {self.elapsed_s:.1f} s, {rate:,.0f} a second",
             highlight=False,
         )
 
 
 def _percent(share: float | None) -> str:
-    return "" if share is None else f"{100 * share:.1f} %"
+    return "" if share is None else f"{100 * share:.1f}"
