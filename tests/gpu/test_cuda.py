@@ -59,7 +59,7 @@ def test_fp32_on_the_gpu_equals_the_cpu(backend):
         torch.testing.assert_close(found[name], gradient.float(), rtol=2e-3, atol=1e-5)
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch.compile's own
+@pytest.mark.filterwarnings("default")  # torch.compile warns about its own inside
 @pytest.mark.parametrize("compiled", [False, True])
 def test_bf16_on_the_gpu_is_as_near_to_fp64_as_bf16_on_the_cpu(compiled):
     config = preset("micro")
