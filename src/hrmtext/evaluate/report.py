@@ -96,7 +96,13 @@ class EvaluationReport:
         from rich.table import Table
 
         with_scores = any(family.score is not None for family in self.families)
-        table = Table(title="Held-out exact match, in %", title_justify="left", box=box.SIMPLE_HEAD)
+        table = Table(
+            title="Held-out exact match, in %",
+            title_justify="left",
+            box=box.SIMPLE_HEAD,
+            show_edge=False,
+            pad_edge=False,
+        )
         table.add_column("family", overflow="fold")
         for head in ("exact", "95 % range", "majority", "invalid"):
             table.add_column(head, justify="right", no_wrap=True)
