@@ -30,12 +30,15 @@ from hrmtext.train.progress import TrainingProgress
 from hrmtext.train.report import write_report
 from hrmtext.train.schedule import depth_at, learning_rate
 from hrmtext.train.signals import StopRequest
-from hrmtext.train.source import DataSource, FolderSource
+from hrmtext.train.source import DataSource, FolderSource, check_data
 from hrmtext.train.state import TrainState
 from hrmtext.train.step import StepResult, TrainStep
 from hrmtext.train.validate import Validation, validate
 
 Resume = Literal["auto", "never", "must"]
+
+MAX_INITIAL_SHARE = 0.05
+"""A final average that holds more of the initial weights than this is worth a warning."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -173,6 +176,14 @@ class Session:
             self.loader.restore(self.state.cursor)
             self.interval.restore(self.state.interval)
             logger.info("resuming at step %d from %s", self.state.step, checkpoint)
+        kept = self.config.ema_decay**self.total_steps
+        if kept > MAX_INITIAL_SHARE:
+            logger.warning(
+                "ema_decay=%g is slow for %d steps: at the end %.0f%% of the average are still the "
+                "initial weights. Lower it to %.4g or less, or look at the raw weights",
+                self.config.ema_decay, self.total_steps, 100 * kept,
+                MAX_INITIAL_SHARE ** (1 / self.total_steps),
+            )  # fmt: skip
         compile_blocks(
             self.compute.module,
             self.config.compile,
@@ -368,23 +379,3 @@ class Session:
                 log.sync()
             save_checkpoint(self.folder, self.state, self.identity, self.source.tokenizer_folder)
         wait_for_all()
-
-
-def check_data(config: TrainConfig, source: DataSource) -> None:
-    """Refuse data that the model cannot hold."""
-    model = config.model
-    if source.vocab_size > model.vocab_size:
-        raise ConfigError(
-            f"the data's tokenizer has {source.vocab_size} tokens, but model.vocab_size is "
-            f"{model.vocab_size}; set it to at least that"
-        )
-    if source.max_seq_len > model.max_seq_len:
-        raise ConfigError(
-            f"the data has rows of up to {source.max_seq_len} tokens, but model.max_seq_len is "
-            f"{model.max_seq_len}; raise it, or sample the data with a shorter context"
-        )
-    if source.max_seq_len > config.bin_size:
-        raise ConfigError(
-            f"the data has rows of up to {source.max_seq_len} tokens, but a bin holds "
-            f"{config.bin_size}; raise bin_tokens (or batch_tokens)"
-        )

@@ -6,6 +6,7 @@ For each parameter with a gradient g, at its own step count t (from 1):
     v  = b2 * v + (1 - b2) * g * g
     p -= lr / (1 - b1^t) * atan2(m, sqrt(v) / sqrt(1 - b2^t))
 There is no epsilon and no other scale. Source: the HRM-Text paper and its public training code.
+Trap: other Adam-atan2 packages divide m by 1 - b1^t inside atan2, so their first steps differ.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from hrmtext.data.format import SampledData
 from hrmtext.data.heldout import TokenRow, ValidationBatch, read_held_out, validation_batches
 from hrmtext.data.loader import GlobalBatch, Loader
 from hrmtext.data.tokenizer import PromptTokenizer
-from hrmtext.errors import DataError
+from hrmtext.errors import ConfigError, DataError
 from hrmtext.runtime.log import logger
 
 PREFETCH_BATCHES = 2
@@ -174,6 +174,26 @@ class FolderSource:
             config.bin_size,
             pad_to=config.bin_size if config.pad_bins else None,
             prefix_lm=config.model.prefix_lm,
+        )
+
+
+def check_data(config: TrainConfig, source: DataSource) -> None:
+    """Refuse data that the model cannot hold."""
+    model = config.model
+    if source.vocab_size > model.vocab_size:
+        raise ConfigError(
+            f"the data's tokenizer has {source.vocab_size} tokens, but model.vocab_size is "
+            f"{model.vocab_size}; set it to at least that"
+        )
+    if source.max_seq_len > model.max_seq_len:
+        raise ConfigError(
+            f"the data has rows of up to {source.max_seq_len} tokens, but model.max_seq_len is "
+            f"{model.max_seq_len}; raise it, or sample the data with a shorter context"
+        )
+    if source.max_seq_len > config.bin_size:
+        raise ConfigError(
+            f"the data has rows of up to {source.max_seq_len} tokens, but a bin holds "
+            f"{config.bin_size}; raise bin_tokens (or batch_tokens)"
         )
 
 

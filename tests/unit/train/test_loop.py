@@ -312,7 +312,9 @@ def test_data_that_does_not_fit_the_model_is_refused(tmp_path):
 def test_bf16_training_follows_fp32(tmp_path):
     losses = {}
     for precision in ("fp32", "bf16"):
-        config = small_config(precision=precision, epochs=6, log_every=8)
+        config = small_config(
+            precision=precision, epochs=6, log_every=8, checkpoint_every=99, validate_every=0
+        )
         folder = tmp_path / precision
         train_on(config, make_source(), run_folder=folder, progress="none")
         records = read_metrics(RunFolder(folder).metrics_file)
@@ -320,3 +322,13 @@ def test_bf16_training_follows_fp32(tmp_path):
     assert losses["fp32"][-1] < 0.7 * losses["fp32"][0]
     assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.05)
     assert losses["bf16"] != losses["fp32"]
+
+
+def test_an_average_too_slow_for_the_run_is_warned_of(tmp_path, caplog):
+    config = small_config(ema_decay=0.999, max_steps=2)
+    train_on(config, make_source(), run_folder=tmp_path / "slow", progress="none")
+    assert "ema_decay=0.999 is slow for 2 steps" in caplog.text
+    caplog.clear()
+    config = small_config(ema_decay=0.1, max_steps=2)
+    train_on(config, make_source(), run_folder=tmp_path / "fast", progress="none")
+    assert "ema_decay" not in caplog.text

@@ -105,8 +105,8 @@ def test_eight_rows_are_learned_by_heart_in_fp32_and_bf16():
     batch = step_batch(rows, 8)
     for dtype in (torch.float32, torch.bfloat16):
         step = make_step(dtype)
-        for index in range(150):
-            lr = 0.01 if index < 100 else 0.002
+        for index in range(90):
+            lr = 0.01 if index < 70 else 0.002
             result = step.run(batch, depth=Depth.from_bp_steps(CONFIG, 5), lr=lr, step=index)
         loss, _, exact, _ = result.sums.tolist()
         assert loss / batch.num_supervised_tokens < 0.02, dtype
