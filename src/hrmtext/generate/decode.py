@@ -22,8 +22,8 @@ SHRINK_BELOW = 0.75
 """Rows leave the cache once this share or less is unfinished: the copy costs about two steps."""
 GROWTH = 1.5
 MIN_GROWTH_TOKENS = 64
-CUDA_STEPS_PER_CHECK = 8
-"""On CUDA the host asks for the finished rows only so often: each answer stops the pipeline."""
+STEPS_PER_CHECK = {"cpu": 1, "cuda": 8}
+"""How often the host asks which rows are finished: on CUDA each answer stops the pipeline."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +91,7 @@ def decode_batch(
     host_rows = np.arange(num_rows)
     done = torch.zeros(num_rows, dtype=torch.bool, device=device)  # (B)
     ends = set(row_limits.tolist())
-    steps_per_check = 1 if device.type == "cpu" else CUDA_STEPS_PER_CHECK
+    steps_per_check = STEPS_PER_CHECK.get(device.type, 1)
     for step in range(1, most + 1):
         chosen = sampler(logits, step - 1)  # (B)
         tokens[rows, step - 1] = chosen

@@ -97,14 +97,19 @@ def test_rows_leave_the_batch_and_the_cache_grows(monkeypatch):
     assert seen["rows"][0] == len(PROMPTS) > seen["rows"][-1]
 
 
-def test_checking_for_finished_rows_less_often_changes_nothing(monkeypatch):
-    model = text_model()
-    stop = [common_stop(model, PROMPTS)]
-    config = GenerateConfig(max_new_tokens=30)
+@pytest.mark.parametrize("steps", [3, 7, 1_000])
+@pytest.mark.parametrize("options", [{}, SAMPLED], ids=["greedy", "sampled"])
+def test_checking_for_finished_rows_less_often_changes_nothing(monkeypatch, steps, options):
+    model = text_model(max_seq_len=44)  # some rows meet max_seq_len, others max_new_tokens
+    stop = [common_stop(model, PROMPTS), *range(40, 330, 32)]
+    config = GenerateConfig(max_new_tokens=30, **options)
     expected = model.generate_tokens(PROMPTS, config=config, stop_tokens=stop)
-    monkeypatch.setattr(decode_module, "SHRINK_BELOW", 0.0)
+    assert {a.finish_reason for a in expected} == {"stop", "length"}
+    monkeypatch.setitem(decode_module.STEPS_PER_CHECK, "cpu", steps)
+    monkeypatch.setattr(decode_module, "SHRINK_BELOW", 0.5)
     found = model.generate_tokens(PROMPTS, config=config, stop_tokens=stop)
     assert [a.tokens for a in found] == [a.tokens for a in expected]
+    assert [a.finish_reason for a in found] == [a.finish_reason for a in expected]
 
 
 def test_samples_differ_from_each_other_and_not_from_call_to_call():
