@@ -82,6 +82,7 @@ def test_rows_leave_the_batch_and_the_cache_grows(monkeypatch):
 
     def decode(self):
         seen["rows"].append(self.num_rows)
+        assert self.longest == int(self.lengths.max()), "decoding attends more than it holds"
         return real_decode(self)
 
     stop = [common_stop(model, PROMPTS)]
