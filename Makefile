@@ -19,7 +19,7 @@ lint: setup
 	@$(BIN)/ruff format --check .
 
 types: setup
-	@$(BIN)/pyrefly check
+	@$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 
 check: lint types test
 

@@ -95,7 +95,7 @@ def main() -> None:
     device = pick_device(arguments.device)
     config = preset(arguments.preset)
     prompts = texts(arguments.rows, seed=0)
-    tokenizer = PromptTokenizer(train_tokenizer(texts(500, seed=1), 300))
+    tokenizer = PromptTokenizer(train_tokenizer(texts(500, seed=1), 290))
     ids = tokenizer.encode_prompts(prompts, "direct")
     ours: dict[str, Side] = {}
     theirs: dict[str, Side] = {}

@@ -54,6 +54,8 @@ class RowLayout:
         num_tokens = used if num_tokens is None else num_tokens
         if len(lengths) != len(prefix_lengths):
             raise DataError(f"{len(lengths)} row lengths but {len(prefix_lengths)} prefix lengths")
+        if not lengths:
+            raise DataError("a batch needs at least one row, got none")
         if used > num_tokens:
             raise DataError(f"rows have {used} tokens, but the stream only {num_tokens}")
         for row, (length, prefix) in enumerate(zip(lengths, prefix_lengths, strict=True)):

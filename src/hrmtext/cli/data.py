@@ -170,7 +170,8 @@ def print_prepared(console: Console, prepared: PreparedData) -> None:
         _print_dropped(console, name, family["dropped"])
     for name, stratum in cleaned["strata"].items():
         _print_dropped(console, name, stratum["dropped"] | stratum["unreadable"])
-    _print_dropped(console, "tokenising", report["tokenized"]["dropped"])
+    for name, dropped in report["tokenized"]["dropped"].items():
+        _print_dropped(console, name, dropped)
     for name, stratum in report["sampled"]["strata"].items():
         _print_dropped(console, name, stratum["dropped"])
     console.print(

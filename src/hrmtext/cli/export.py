@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import tyro
+
+if TYPE_CHECKING:
+    from hrmtext.convert import ExportReport
 
 
 def export(
@@ -31,8 +34,23 @@ def export(
     from hrmtext.api import load
     from hrmtext.convert import export_hf
 
-    report = export_hf(load(model, device="cpu", dtype="fp32", weights=weights), out,
-                       layout=layout, dtype=dtype)  # fmt: skip
-    print(report)
-    print(f"written: {out}")
+    source = load(model, device="cpu", dtype="fp32", weights=weights)
+    print(describe_export(export_hf(source, out, layout=layout, dtype=dtype)))
     return 0
+
+
+def describe_export(report: ExportReport) -> str:
+    """What was written and how it compared, in a few lines."""
+    text = (
+        f"written: {report.folder} ({report.layout} layout, {report.dtype}, "
+        f"{report.size_bytes / 1e6:,.1f} MB)"
+    )
+    found = report.comparison
+    if found is None:
+        return text
+    return (
+        f"{text}\nchecked against transformers on {found.num_positions} positions: logits differ "
+        f"by at most {found.max_difference:.1e} under the prefix mask and "
+        f"{found.max_difference_causal:.1e} causally; same most probable token at "
+        f"{100 * found.argmax_agreement:.1f} %"
+    )

@@ -74,13 +74,15 @@ def quickstart(
 
     stage(4, "export to a Hugging Face folder")
     from hrmtext.api import load as load_model
+    from hrmtext.cli.export import describe_export
     from hrmtext.convert import export_hf
 
     exported = out / "hf"
     if exported.exists():
         console.print(f"{exported} is there already")
     else:
-        console.print(str(export_hf(load_model(out / "run", device="cpu", dtype="fp32"), exported)))
+        source = load_model(out / "run", device="cpu", dtype="fp32")
+        console.print(describe_export(export_hf(source, exported)))
 
     stage(5, "answers of the exported model")
     _answers(console, load_model(exported, device=device), report)

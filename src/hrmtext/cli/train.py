@@ -13,8 +13,8 @@ def train(
     overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     /,
     *,
-    data: Path,
-    run: Path,
+    data: Path | None = None,
+    run: Path | None = None,
     resume: Literal["auto", "never", "must"] = "auto",
     device: str = "auto",
     dry_run: bool = False,
@@ -28,8 +28,8 @@ def train(
     Args:
         config: a YAML recipe, for example configs/train/cpu_smoke.yaml.
         overrides: changes to the recipe as key=value, for example lr=1e-3 model.preset=L.
-        data: folder made by `hrm-text data prepare` (or its `sampled` folder).
-        run: run folder; made if absent, never overwritten.
+        data: folder made by `hrm-text data prepare`; needed but for a dry run.
+        run: run folder; made if absent, never overwritten; needed but for a dry run.
         resume: continue the run that is there, refuse to (never), or insist on it (must).
         device: auto, cpu, cuda or cuda:N.
         dry_run: print config, parameters, FLOPs, memory and expected time, then stop.
@@ -37,13 +37,20 @@ def train(
     """
     from hrmtext.config.base import load
     from hrmtext.config.train import TrainConfig
+    from hrmtext.errors import ConfigError
 
     settings = load(TrainConfig, config, overrides)
     if dry_run:
+        from hrmtext.runtime.device import pick_device
         from hrmtext.train.estimate import estimate
+        from hrmtext.train.source import FolderSource
 
-        print(estimate(settings, data_folder=data, device=device, measure=measure))
+        source = FolderSource(data) if data is not None else None
+        where = pick_device(device)
+        print(estimate(settings, source=source, device=where, measure=measure).text())
         return 0
+    if data is None or run is None:
+        raise ConfigError("training needs --data FOLDER and --run FOLDER")
     from hrmtext.train.loop import train as run_training
 
     result = run_training(settings, data_folder=data, run_folder=run, resume=resume, device=device)

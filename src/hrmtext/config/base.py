@@ -1,4 +1,4 @@
-"""Strict configuration: frozen dataclasses from YAML plus dotted overrides, unknown keys refused."""
+"""Strict configuration: frozen dataclasses from YAML plus overrides, unknown keys refused."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def to_mapping(config: Any) -> dict[str, Any]:
 
 
 def load(cls: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -> T:
-    """Read config `cls` from a YAML file (None: all defaults), then apply `key.sub=value` overrides.
+    """Read config `cls` from a YAML file (None: all defaults), then apply overrides.
 
     Values of overrides are parsed as YAML, so `lr=3e-4`, `data.epochs=2`, `families=[a, b]` work.
 

@@ -92,7 +92,7 @@ class ModelConfig:
         return self.num_stack_calls * self.num_layers_per_stack
 
     def slot(self, h: int, call: int, layer: int) -> int:
-        """KV slot of `layer` in H cycle `h`; `call` 0..L_cycles-1 is that L call, L_cycles the H call.
+        """KV slot of `layer` in H cycle `h`; `call` 0..L_cycles-1 is that L call, else the H call.
 
         The order is that of transformers' `hrm_text` cache.
         """

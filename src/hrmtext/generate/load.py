@@ -6,9 +6,16 @@ from pathlib import Path
 
 import torch
 
-from hrmtext.artifacts.hf_folder import is_hf_folder, load_hf_model, read_hf_values
+from hrmtext.artifacts.hf_folder import (
+    from_hf_config,
+    is_hf_folder,
+    load_hf_model,
+    read_hf_values,
+)
 from hrmtext.artifacts.layout import RunFolder
 from hrmtext.artifacts.weights import CONFIG_FILE, WHICH, load_model
+from hrmtext.artifacts.weights import read_config as read_native_config
+from hrmtext.config.model import ModelConfig
 from hrmtext.data.tokenizer import PromptTokenizer
 from hrmtext.errors import CheckpointError, ConfigError
 from hrmtext.generate.runner import TextModel
@@ -49,6 +56,14 @@ def load(
             )
         model = load_hf_model(folder, place, number_format)
     return TextModel(model, PromptTokenizer.load(folder))
+
+
+def read_config(path: str | Path) -> ModelConfig:
+    """The shape of the model that `load` would load from `path`, without its weights."""
+    folder = model_folder(path)
+    if (folder / CONFIG_FILE).is_file():
+        return read_native_config(folder)
+    return from_hf_config(read_hf_values(folder), str(folder))
 
 
 def model_folder(path: str | Path) -> Path:

@@ -10,6 +10,7 @@ Letters: T tokens of the stream, R rows of a group, S its longest row, N heads, 
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,7 +53,9 @@ class SdpaPlan:
             # A padded slot repeats the row's first token; real queries never see it as a key.
             gather = starts[rows][:, None] + np.where(real, columns, 0)  # (R, S)
             ends = np.where(real, visible_end[gather], lengths[:, None])  # (R, S)
-            groups.append(Group(len(rows), len(columns), _additive_mask(ends, compute_dtype, device)))
+            groups.append(
+                Group(len(rows), len(columns), _additive_mask(ends, compute_dtype, device))
+            )
             gathers.append(gather.ravel())
             back[gather[real]] = base + np.flatnonzero(real)
             base += gather.size
@@ -128,24 +131,24 @@ class _ToGroups(torch.autograd.Function):
     """Stream -> groups. Both directions are gathers, as no token is used twice for real."""
 
     @staticmethod
-    def forward(ctx, x, plan):
+    def forward(ctx: Any, x: torch.Tensor, plan: SdpaPlan) -> torch.Tensor:
         ctx.plan = plan
         return plan.to_groups(x)
 
     @staticmethod
-    def backward(ctx, grad):
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor, None]:
         # Padded slots receive no gradient: masked as keys, their outputs unused as queries.
-        return ctx.plan.from_groups(grad), None
+        return ctx.plan.from_groups(grad_outputs[0]), None
 
 
 class _FromGroups(torch.autograd.Function):
     """Groups -> stream, the inverse of `_ToGroups`."""
 
     @staticmethod
-    def forward(ctx, x, plan):
+    def forward(ctx: Any, x: torch.Tensor, plan: SdpaPlan) -> torch.Tensor:
         ctx.plan = plan
         return plan.from_groups(x)
 
     @staticmethod
-    def backward(ctx, grad):
-        return ctx.plan.to_groups(grad) * ctx.plan.is_real, None
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[torch.Tensor, None]:
+        return ctx.plan.to_groups(grad_outputs[0]) * ctx.plan.is_real, None
