@@ -25,7 +25,11 @@ class KVCache:
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """Allocate for `num_rows` rows of at most `capacity` tokens."""
+        """Allocate for `num_rows` rows of at most `capacity` tokens.
+
+        `dtype` may differ from the model's: on a CPU, fp32 keys and values make bf16 models decode
+        faster, as batched bf16 products of one row are slow there.
+        """
         shape = (config.num_slots, num_rows, config.num_heads, capacity, config.head_dim)
         self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (slots, B, N, C, K)
         self.values = torch.zeros(shape, device=device, dtype=dtype)
@@ -97,8 +101,9 @@ class PrefillPlan:
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot: int) -> torch.Tensor:
         """(T, N, K) each -> (T, N, K)."""
-        self.cache.keys[slot][self.rows, :, self.columns] = k[: self.used]
-        self.cache.values[slot][self.rows, :, self.columns] = v[: self.used]
+        keys, values = self.cache.keys[slot], self.cache.values[slot]
+        keys[self.rows, :, self.columns] = k[: self.used].to(keys.dtype)
+        values[self.rows, :, self.columns] = v[: self.used].to(keys.dtype)
         return self.plan.attend(q, k, v, slot)
 
     def commit(self) -> None:
@@ -108,31 +113,42 @@ class PrefillPlan:
 
 
 class DecodePlan:
-    """One query a row over everything that the row holds, itself included."""
+    """One query a row over everything that the row holds, itself included.
+
+    Computed in the cache's number format, two batched products around a softmax: with one query a
+    row, torch's fused kernels have nothing to fuse.
+    """
 
     def __init__(self, cache: KVCache) -> None:
         self.cache = cache
         self.rows = torch.arange(cache.num_rows, device=cache.keys.device)  # (B)
         self.width = cache.longest + 1
         columns = torch.arange(self.width, device=self.rows.device)
-        seen = columns <= cache.lengths[:, None]  # (B, width)
-        self.mask = torch.zeros(seen.shape, dtype=cache.keys.dtype, device=self.rows.device)
-        self.mask = self.mask.masked_fill_(~seen, float("-inf"))[:, None, None]  # (B, 1, 1, width)
+        hidden = columns > cache.lengths[:, None]  # (B, width)
+        mask = torch.zeros(hidden.shape, dtype=cache.keys.dtype, device=self.rows.device)
+        mask = mask.masked_fill_(hidden, float("-inf"))
+        # (B * N, 1, width), shared by all stack calls and layers
+        self.mask = mask.repeat_interleave(cache.keys.shape[2], dim=0)[:, None]
 
     @property
     def positions(self) -> torch.Tensor:
         """(B) position of the token that each row decodes."""
         return self.cache.lengths
 
-    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot: int) -> torch.Tensor:
+    def attend(
+        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot: int
+    ) -> torch.Tensor:
         """(B, N, K) each -> (B, N, K)."""
-        keys, values = self.cache.keys[slot], self.cache.values[slot]
-        keys[self.rows, :, self.cache.lengths] = k
-        values[self.rows, :, self.cache.lengths] = v
-        scores = q[:, :, None] * q.shape[-1] ** -0.5 @ keys[:, :, : self.width].transpose(2, 3)
-        wide = torch.promote_types(q.dtype, torch.float32)
-        weights = (scores + self.mask).softmax(-1, dtype=wide).to(q.dtype)
-        return (weights @ values[:, :, : self.width]).squeeze(2)
+        keys, values = self.cache.keys[slot], self.cache.values[slot]  # (B, N, C, K)
+        keys[self.rows, :, self.cache.lengths] = k.to(keys.dtype)
+        values[self.rows, :, self.cache.lengths] = v.to(keys.dtype)
+        keys = keys[:, :, : self.width].flatten(0, 1)  # (B * N, width, K)
+        values = values[:, :, : self.width].flatten(0, 1)
+        queries = q.to(keys.dtype).reshape(-1, 1, q.shape[-1])  # (B * N, 1, K)
+        scores = torch.baddbmm(self.mask, queries, keys.mT, alpha=q.shape[-1] ** -0.5)
+        wide = torch.promote_types(scores.dtype, torch.float32)
+        weights = scores.softmax(-1, dtype=wide).to(scores.dtype)
+        return torch.bmm(weights, values).view(q.shape).to(q.dtype)
 
     def commit(self) -> None:
         """Count the stored token; once, after the forward pass."""

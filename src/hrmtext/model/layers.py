@@ -15,28 +15,29 @@ from hrmtext.model.attention import AttentionPlan
 
 def rms_norm(x: torch.Tensor, eps: float) -> torch.Tensor:
     """RMSNorm without a learnable scale over the last dimension, fp32 or better inside."""
-    wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    return (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return F.rms_norm(x, x.shape[-1:], eps=eps)
 
 
 def rotary_tables(
     positions: torch.Tensor, head_dim: int, theta: float, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines of every position, computed in fp32, cast to `dtype`: (T, K) each.
+    """Cosines and signed sines of every position, computed in fp32, cast to `dtype`: (T, K) each.
 
-    Half-split convention: dimension i turns together with dimension i + K/2.
+    Half-split convention: dimension i turns together with dimension i + K/2. The sines of the
+    first half are negated, so that `rotate` needs no negation.
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     frequencies = 1.0 / theta ** (exponents / head_dim)  # (K/2)
     angles = positions.float()[:, None] * frequencies  # (T, K/2)
-    angles = torch.cat((angles, angles), dim=-1)  # (T, K)
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotary position embedding of (T, N, K) by (T, K) tables."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos[:, None] + torch.cat((-second, first), dim=-1) * sin[:, None]
+    """Rotary position embedding of (T, ..., N, K) by the (T, K) tables of `rotary_tables`."""
+    shape = (len(cos), *[1] * (x.dim() - 2), cos.shape[-1])
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)
+    return torch.addcmul(x * cos.view(shape), swapped, sin.view(shape))
 
 
 class GatedAttention(nn.Module):
@@ -55,8 +56,8 @@ class GatedAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(T, D) -> gate, rotated queries, rotated keys, values: (T, N, K) each."""
         gqkv = self.gqkv_proj(x).view(-1, 4, self.num_heads, self.head_dim)  # (T, 4, N, K)
-        gate, q, k, v = gqkv.unbind(1)
-        return gate, rotate(q, cos, sin), rotate(k, cos, sin), v
+        q, k = rotate(gqkv[:, 1:3], cos, sin).unbind(1)
+        return gqkv[:, 0], q, k, gqkv[:, 3]
 
     def output(self, gate: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """(T, N, K) each -> (T, D)."""
