@@ -38,9 +38,11 @@ def texts(count: int, seed: int) -> list[str]:
     ]
 
 
-def our_side(model: TextModel, prompts: list[str], new_tokens: int) -> Side:
+def our_side(
+    model: TextModel, prompts: list[str], new_tokens: int, *, compiled: bool = False
+) -> Side:
     """Our batched greedy generation."""
-    config = GenerateConfig(max_new_tokens=new_tokens)
+    config = GenerateConfig(max_new_tokens=new_tokens, compile=compiled)
 
     def run() -> list[list[int]]:
         answers = model.generate_tokens(prompts, config=config, stop_tokens=(), with_logprobs=False)
@@ -51,7 +53,7 @@ def our_side(model: TextModel, prompts: list[str], new_tokens: int) -> Side:
 
 def their_side(
     config, state: dict[str, torch.Tensor], ids: list[list[int]], new_tokens: int,
-    device: torch.device, dtype: torch.dtype, cache: str,
+    device: torch.device, dtype: torch.dtype, cache: str, compiled: bool,
 ) -> Side:  # fmt: skip
     """transformers' generate with left padding and the prefix mask."""
     from transformers import HrmTextConfig, HrmTextForCausalLM
@@ -62,6 +64,8 @@ def their_side(
     model = HrmTextForCausalLM._from_config(HrmTextConfig(**settings), attn_implementation="sdpa")
     model.load_state_dict(to_split(state))
     model.to(device, dtype).eval()
+    if compiled:
+        model.forward = torch.compile(model.forward)
     width = max(map(len, ids))
     tokens = torch.tensor([[0] * (width - len(row)) + row for row in ids], device=device)
     mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in ids], device=device)
@@ -102,13 +106,19 @@ def main() -> None:
     state = build_model(config, seed=0).state_dict()
     for name, dtype in DTYPES.items():
         model = TextModel(build_model(config, seed=0, device=device).to(dtype), tokenizer)
-        ours[name] = our_side(model, prompts, arguments.new_tokens)
-    for (name, dtype), cache in itertools.product(DTYPES.items(), ("dynamic", "static")):
-        theirs[f"{name}, {cache} cache"] = their_side(
-            config, state, ids, arguments.new_tokens, device, dtype, cache
+        for compiled in (False, True):
+            how = "compiled" if compiled else "eager"
+            ours[f"{name}, {how}"] = our_side(
+                model, prompts, arguments.new_tokens, compiled=compiled
+            )
+    ways = (("dynamic", False), ("static", False), ("static", True))
+    for (name, dtype), (cache, compiled) in itertools.product(DTYPES.items(), ways):
+        how = "compiled" if compiled else "eager"
+        theirs[f"{name}, {cache} cache, {how}"] = their_side(
+            config, state, ids, arguments.new_tokens, device, dtype, cache, compiled
         )
-    expected = theirs["fp32, dynamic cache"]()
-    agree = sum(a == b for a, b in zip(ours["fp32"](), expected, strict=True))
+    expected = theirs["fp32, dynamic cache, eager"]()
+    agree = sum(a == b for a, b in zip(ours["fp32, eager"](), expected, strict=True))
     best = {}
     trials = {}
     for side, settings in (("ours", ours), ("transformers", theirs)):

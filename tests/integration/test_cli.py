@@ -30,7 +30,6 @@ def workspace(tmp_path_factory):
     recipe.write_text(
         f"local: [{{path: {root / 'rows.jsonl'}, eval_size: 8}}]\n"
         "tokenizer: {vocab_size: 290}\nsampling: {epochs: 1, max_seq_len: 64}\n"
-        "packing: {batch_tokens: 256}\n"
     )
     (root / "train.yaml").write_text("seed: 3\n")
     assert main(["data", "prepare", str(recipe), str(root / "data")]) == 0

@@ -10,6 +10,7 @@ import tyro
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hrmtext.config.evaluate import EvaluateConfig
     from hrmtext.evaluate.report import EvaluationReport
 
 
@@ -69,7 +70,7 @@ def evaluate_model(
     *,
     rows: Path | None,
     training_rows: Path | None = None,
-    config=None,
+    config: EvaluateConfig | None = None,
     out: Path | None = None,
     weights: str = "auto",
     device: str = "auto",

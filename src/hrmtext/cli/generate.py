@@ -23,6 +23,7 @@ def generate(
     num_samples: int = 1,
     guidance: float = 0.0,
     seed: int = 0,
+    compile: bool = False,
     weights: Literal["auto", "ema", "raw"] = "auto",
     device: str = "auto",
     dtype: str = "auto",
@@ -41,6 +42,7 @@ def generate(
         num_samples: answers to each prompt, at a temperature above 0.
         guidance: auto-guidance weight, from -0.5 to 0.5; 0 is off.
         seed: seed of the draws.
+        compile: compile the decode step; pays for many long answers of a small model.
         weights: averaged weights where present (auto), ema, or raw.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto, fp32, bf16 or fp16.
@@ -70,6 +72,7 @@ def generate(
         num_samples=num_samples,
         guidance=guidance,
         seed=seed,
+        compile=compile,
     )
     for answer in answers:
         print(answer)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import tyro
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hrmtext.config.model import ModelConfig
 
 
 def info(
@@ -35,7 +40,7 @@ def info(
     return 0
 
 
-def _machine(console) -> None:
+def _machine(console: Console) -> None:
     from hrmtext import __version__
     from hrmtext.runtime.device import describe, pick_device
 
@@ -44,7 +49,7 @@ def _machine(console) -> None:
         console.print(f"  {name:20} {value}")
 
 
-def _presets(console) -> None:
+def _presets(console: Console) -> None:
     from rich.table import Table
 
     from hrmtext.config.model import PRESETS
@@ -63,7 +68,7 @@ def _presets(console) -> None:
     console.print(table)
 
 
-def _model(console, config) -> None:
+def _model(console: Console, config: ModelConfig) -> None:
     from hrmtext.config.base import dump_yaml
     from hrmtext.model.depth import Depth
     from hrmtext.model.flops import (

@@ -36,6 +36,8 @@ DEBUG_VARIABLE = "HRM_TEXT_DEBUG"
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command line; returns the exit status: 0 done, 1 failed check, 2 wrong input."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    # oneDNN keeps 1,024 kernels by default, one a shape; packed batches bring ever new shapes.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
     if arguments == ["--version"]:
         print(f"hrm-text {__version__}")
         return 0

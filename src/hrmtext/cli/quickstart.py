@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from hrmtext.config.train import TrainConfig
+    from hrmtext.evaluate.report import EvaluationReport
+    from hrmtext.generate.runner import TextModel
 
 
 def quickstart(
@@ -20,7 +29,7 @@ def quickstart(
     Args:
         out: folder of everything it writes.
         device: auto, cpu, cuda or cuda:N.
-        max_minutes: training stops with a checkpoint after so many minutes.
+        max_minutes: most training time; a slow machine takes fewer steps.
     """
     from rich.console import Console
 
@@ -34,7 +43,6 @@ def quickstart(
     from hrmtext.cli.recipes import recipe
     from hrmtext.config.base import load
     from hrmtext.config.data import DataConfig
-    from hrmtext.config.train import TrainConfig
 
     stage(1, "data: generate, check, tokenise, sample")
     from hrmtext.cli.data import print_prepared
@@ -50,9 +58,7 @@ def quickstart(
     stage(2, "pretraining")
     from hrmtext.train.loop import train
 
-    train_config = load(
-        TrainConfig, recipe("train/quickstart.yaml"), [f"max_minutes={max_minutes}"]
-    )
+    train_config = _train_config(console, data_folder, out / "run", device, max_minutes)
     result = train(train_config, data_folder=data_folder, run_folder=out / "run", device=device)
     console.print(
         f"{result.step:,} of {result.total_steps:,} steps, {result.tokens / 1e6:.1f} M tokens, "
@@ -96,7 +102,39 @@ def quickstart(
     return 0
 
 
-def _answers(console, model, report) -> None:
+def _train_config(
+    console: Console, data_folder: Path, run_folder: Path, device: str, max_minutes: float
+) -> TrainConfig:
+    """The recipe, shortened where a short probe says that it would not fit the time."""
+    from hrmtext.artifacts.layout import RunFolder
+    from hrmtext.cli.recipes import recipe
+    from hrmtext.config.base import load
+    from hrmtext.config.train import TrainConfig
+    from hrmtext.runtime.device import pick_device
+    from hrmtext.train.estimate import estimate
+    from hrmtext.train.source import FolderSource
+
+    limit = f"max_minutes={max_minutes}"
+    if RunFolder(run_folder).exists:
+        return load(TrainConfig, run_folder / "config.yaml", [limit])
+    config = load(TrainConfig, recipe("train/quickstart.yaml"), [limit])
+    expected = estimate(
+        config, source=FolderSource(data_folder), device=pick_device(device), measure=True
+    )
+    assert expected.seconds and expected.total_steps, "measured, and the data is known"
+    console.print(
+        f"{expected.stored_parameters:,} parameters in {expected.precision}; this machine needs "
+        f"about {expected.seconds / 60:.1f} minutes for all {expected.total_steps:,} steps"
+    )
+    share = 0.9 * max_minutes * 60 / expected.seconds
+    if share >= 1:
+        return config
+    steps = max(100, int(share * expected.total_steps))
+    console.print(f"shortened to {steps:,} steps, to stay within {max_minutes:g} minutes")
+    return load(TrainConfig, recipe("train/quickstart.yaml"), [limit, f"max_steps={steps}"])
+
+
+def _answers(console: Console, model: TextModel, report: EvaluationReport) -> None:
     """One held-out question of every family, answered, with the truth beside it."""
     firsts = {}
     for prediction in report.predictions:
@@ -117,7 +155,6 @@ def _peak_memory() -> str:
         import resource
     except ImportError:
         return ""
-    import sys
 
     unit = 1 if sys.platform == "darwin" else 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

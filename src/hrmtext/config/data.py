@@ -1,4 +1,4 @@
-"""Data configuration: where rows come from, how they are cleaned, tokenised, sampled, packed."""
+"""Data configuration: where rows come from, how they are cleaned, tokenised and sampled."""
 
 from __future__ import annotations
 
@@ -218,26 +218,6 @@ class SamplingConfig:
 
 
 @config_class
-class PackingConfig:
-    """How rows are packed into batches."""
-
-    batch_tokens: int = 196_608
-    """Most input tokens of one global batch, over all ranks."""
-    bin_tokens: int | None = None
-    """Most input tokens of one bin (one forward pass); None: the whole batch is one bin."""
-    pad_bins: bool = False
-    """Pad every bin to `bin_tokens`, so that compiled kernels see one shape."""
-
-    def __post_init__(self) -> None:
-        _at_least("packing.batch_tokens", self.batch_tokens, 1)
-        if self.bin_tokens is not None and not 1 <= self.bin_tokens <= self.batch_tokens:
-            raise ConfigError(
-                f"packing.bin_tokens is {self.bin_tokens}, expected 1 to packing.batch_tokens "
-                f"= {self.batch_tokens}"
-            )
-
-
-@config_class
 class DataConfig:
     """Everything `hrm-text data prepare` needs."""
 
@@ -251,15 +231,7 @@ class DataConfig:
     """Which tokenizer is used or trained."""
     sampling: SamplingConfig = SamplingConfig()
     """Which rows make up an epoch."""
-    packing: PackingConfig = PackingConfig()
-    """How training packs rows."""
 
     def __post_init__(self) -> None:
         if not self.local and self.reasoning_gym is None:
             raise ConfigError("the data config names no source; set local or reasoning_gym")
-        bin_tokens = self.packing.bin_tokens or self.packing.batch_tokens
-        if bin_tokens < self.sampling.max_seq_len:
-            raise ConfigError(
-                f"packing.bin_tokens is {bin_tokens}, below sampling.max_seq_len = "
-                f"{self.sampling.max_seq_len}: the longest rows would fit no bin"
-            )

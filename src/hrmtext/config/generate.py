@@ -24,6 +24,8 @@ class GenerateConfig:
     """Answers for each prompt."""
     guidance: float = 0.0
     """Auto-guidance weight w: (1+w) * logits after the last H cycle - w * after the first."""
+    compile: bool = False
+    """Compile the decode step: seconds for each new batch shape, then faster small models."""
     batch_tokens: int | None = None
     """Cache tokens of one batch, rows times their longest; None: from the memory at hand."""
 

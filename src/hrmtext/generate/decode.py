@@ -10,17 +10,18 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from hrmtext.batch import RowLayout
 from hrmtext.errors import NonFiniteError
 from hrmtext.generate.sampling import Sampler
+from hrmtext.generate.step import DecodeStep, compiled_width, run_model
 from hrmtext.generate.stop import answer_lengths
-from hrmtext.model import AttentionPlan, Depth, HrmLM, KVCache, make_plan
+from hrmtext.model import Depth, HrmLM, KVCache, make_plan
 
 SHRINK_BELOW = 0.75
 """Rows leave the cache once this share or less is unfinished: the copy costs about two steps."""
 GROWTH = 1.5
+CAPACITY_LIMIT = 1 << 30
 MIN_GROWTH_TOKENS = 64
 STEPS_PER_CHECK = {"cpu": 1, "cuda": 8}
 """How often the host asks which rows are finished: on CUDA each answer stops the pipeline."""
@@ -51,7 +52,7 @@ class DecodedRow:
 
 @torch.inference_mode()
 def decode_batch(
-    model: HrmLM,
+    step_model: DecodeStep,
     prompts: Sequence[Sequence[int]],
     owners: Sequence[int],
     limits: Sequence[int],
@@ -61,21 +62,27 @@ def decode_batch(
     """Decode one answer a row; every prompt is read once, however many rows it has.
 
     Args:
+        step_model: the model, and how it takes a step.
         owners: (R) index in `prompts` of the prompt that row r answers.
         limits: (R) tokens that an answer may have; prompt and limit fit max_seq_len.
 
     Raises:
         NonFiniteError: the logits of the prompts are NaN or infinite.
     """
+    model = step_model.model
     device = model.lm_head.weight.device
     lengths = np.asarray([len(prompts[owner]) for owner in owners])  # (R)
     row_limits = np.asarray(limits)  # (R)
     most = int(row_limits.max())
-    final_capacity = int((lengths + row_limits).max())
-    capacity = min(final_capacity, int(lengths.max()) + MIN_GROWTH_TOKENS)
-    cache = KVCache(
-        model.config, len(prompts), capacity, device=device, dtype=model.lm_head.weight.dtype
-    )
+    is_fixed = step_model.is_compiled  # compiled steps are for one number of rows and capacity
+    if is_fixed:
+        # Finished rows go on for nothing, past their own limits.
+        final_capacity = compiled_width(int(lengths.max()) + most, CAPACITY_LIMIT)
+        capacity = final_capacity
+    else:
+        final_capacity = int((lengths + row_limits).max())
+        capacity = min(final_capacity, int(lengths.max()) + MIN_GROWTH_TOKENS)
+    cache = KVCache(model.config, len(prompts), capacity, device=device, dtype=cache_dtype(model))
     logits = prefill(model, cache, prompts, settings)
     if not bool(logits.isfinite().all()):
         raise NonFiniteError("the model's logits are NaN or infinite; are its weights damaged?")
@@ -103,7 +110,7 @@ def decode_batch(
             live = ~(done.cpu().numpy() | at_limit)
             if not live.any():
                 break
-            if at_limit.any() or live.mean() <= SHRINK_BELOW:
+            if not is_fixed and (at_limit.any() or live.mean() <= SHRINK_BELOW):
                 host_rows = host_rows[live]
                 kept = torch.from_numpy(np.flatnonzero(live)).to(device)
                 rows, done, chosen = (t.index_select(0, kept) for t in (rows, done, chosen))
@@ -112,9 +119,7 @@ def decode_batch(
                 cache.longest = int(lengths[host_rows].max()) + step - 1
         if cache.longest >= cache.capacity:
             grow(cache, final_capacity)
-        plan = cache.decode()
-        logits = _logits(model, chosen, plan.positions, plan, settings)
-        plan.commit()
+        logits = step_model(chosen, cache, settings.depth, settings.guidance)
     return _collect(tokens, logprobs, torch.from_numpy(row_limits), settings.stop)
 
 
@@ -122,47 +127,45 @@ def prefill(
     model: HrmLM, cache: KVCache, prompts: Sequence[Sequence[int]], settings: DecodeSettings
 ) -> torch.Tensor:
     """Fill the cache with the prompts, packed without padding; (prompts, V) logits behind each."""
-    device = cache.keys.device
+    device = cache.device
     lengths = [len(prompt) for prompt in prompts]
     layout = RowLayout.from_prefixes(
         lengths, lengths if model.config.prefix_lm else [0] * len(lengths)
     )
-    attention = make_plan(layout, device=device, dtype=cache.keys.dtype, backend=settings.backend)
+    attention = make_plan(
+        layout, device=device, dtype=model.lm_head.weight.dtype, backend=settings.backend
+    )
     plan = cache.prefill(layout, attention)
     tokens = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
     last = plan.lengths.cumsum(0) - 1
-    logits = _logits(
-        model, torch.from_numpy(tokens).to(device), plan.columns, plan, settings, select=last
+    logits = run_model(
+        model,
+        torch.from_numpy(tokens).to(device),
+        plan.columns,
+        plan,
+        settings.depth,
+        settings.guidance,
+        select=last,
     )
     plan.commit()
     return logits
 
 
-def guided(first: torch.Tensor, last: torch.Tensor, weight: float) -> torch.Tensor:
-    """Auto-guidance: (1 + w) * logits after the last H cycle - w * logits after the first."""
-    return (1 + weight) * last - weight * first
+def cache_dtype(model: HrmLM) -> torch.dtype:
+    """Number format of keys and values: the model's, on a CPU fp32 or better.
+
+    There torch's batched bf16 products of one row take three times as long as those in fp32.
+    """
+    weight = model.lm_head.weight
+    if weight.device.type == "cpu":
+        return torch.promote_types(weight.dtype, torch.float32)
+    return weight.dtype
 
 
 def grow(cache: KVCache, final_capacity: int) -> None:
     """Enlarge a full cache, by half its size or more, to at most `final_capacity`."""
     wanted = max(int(cache.capacity * GROWTH), cache.capacity + MIN_GROWTH_TOKENS)
-    extra = min(wanted, final_capacity) - cache.capacity
-    cache.keys = F.pad(cache.keys, (0, 0, 0, extra))
-    cache.values = F.pad(cache.values, (0, 0, 0, extra))
-
-
-def _logits(
-    model: HrmLM,
-    tokens: torch.Tensor,
-    positions: torch.Tensor,
-    plan: AttentionPlan,
-    settings: DecodeSettings,
-    select: torch.Tensor | None = None,
-) -> torch.Tensor:
-    out = model(tokens, positions, plan, depth=settings.depth, select=select)
-    if settings.guidance == 0:
-        return out.logits
-    return guided(model.head(out.states[0], select), out.logits, settings.guidance)
+    cache.grow(min(wanted, final_capacity))
 
 
 def _logprob(logits: torch.Tensor, chosen: torch.Tensor) -> torch.Tensor:

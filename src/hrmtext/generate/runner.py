@@ -14,8 +14,9 @@ from hrmtext.config.generate import GenerateConfig
 from hrmtext.config.model import ModelConfig
 from hrmtext.data.tokenizer import PromptTokenizer
 from hrmtext.errors import BackendError, ConfigError, DataError
-from hrmtext.generate.decode import DecodeSettings, decode_batch, guided, prefill
+from hrmtext.generate.decode import DecodeSettings, cache_dtype, decode_batch, prefill
 from hrmtext.generate.sampling import Sampler
+from hrmtext.generate.step import DecodeStep, run_model
 from hrmtext.generate.stop import LENGTH, STOP, stop_ids, stop_table
 from hrmtext.model import Depth, HrmLM, KVCache, make_plan
 from hrmtext.model.flops import kv_bytes_per_token
@@ -63,6 +64,7 @@ class TextModel:
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self._steps: dict[bool, DecodeStep] = {}
 
     @property
     def config(self) -> ModelConfig:
@@ -94,6 +96,7 @@ class TextModel:
         guidance: float = 0.0,
         depth: Depth | tuple[int, int] | None = None,
         batch_tokens: int | None = None,
+        compile: bool = False,
     ) -> list[str]:
         """Answers to one or many prompts, in their order.
 
@@ -104,6 +107,7 @@ class TextModel:
             num_samples: answers to each prompt; those of prompt i are [i * n : (i + 1) * n].
             stop_tokens: ids or texts of single tokens that end an answer; None: the end token.
             guidance: auto-guidance weight, see `GenerateConfig`.
+            compile: compile the decode step, see `GenerateConfig`.
             depth: (H_cycles, L_cycles) to run, at most the model's own; None: the model's.
 
         An answer depends on its own prompt, sample number and the options, not on its batch.
@@ -123,6 +127,7 @@ class TextModel:
                 "num_samples": num_samples,
                 "guidance": guidance,
                 "batch_tokens": batch_tokens,
+                "compile": compile,
             },
             where="generate",
         )
@@ -198,7 +203,7 @@ class TextModel:
             self.device,
         )
         decoded = decode_batch(
-            self.model,
+            self._step(config.compile),
             [encoded[owner] for owner in unique],
             [place[owner] for owner in owners],
             [limits[owner] for owner in owners],
@@ -244,10 +249,9 @@ class TextModel:
         plan = make_plan(layout, device=self.device, dtype=self.dtype, backend=backend)
         tokens = torch.tensor(ids, device=self.device)
         positions = torch.arange(len(ids), device=self.device)
-        out = self.model(tokens, positions, plan, depth=self._depth(depth, guidance))
-        if guidance == 0:
-            return out.logits
-        return guided(self.model.head(out.states[0]), out.logits, guidance)
+        return run_model(
+            self.model, tokens, positions, plan, self._depth(depth, guidance), guidance
+        )
 
     def selftest(self, prompt: str = "What is 12 + 30?", response: str = "42") -> float:
         """Prove that the generation path applies the prefix mask; returns its largest error.
@@ -298,17 +302,22 @@ class TextModel:
             1,
             len(prompt_ids) + len(response_ids),
             device=self.device,
-            dtype=self.dtype,
+            dtype=cache_dtype(self.model),
         )
         no_stop = stop_table([], self.config.vocab_size, self.device)
         found = [prefill(self.model, cache, [prompt_ids], DecodeSettings(stop=no_stop))]
-        first = cache.keys[-1, 0, :, 0].clone()
+        first = cache.keys[-1][0, :, 0].clone()
         for token in response_ids:
             plan = cache.decode()
             tokens = torch.tensor([token], device=self.device)
             found.append(self.model(tokens, plan.positions, plan).logits)
             plan.commit()
         return torch.cat(found), first
+
+    def _step(self, compiled: bool) -> DecodeStep:
+        if compiled not in self._steps:
+            self._steps[compiled] = DecodeStep(self.model, compiled=compiled)
+        return self._steps[compiled]
 
     def _depth(self, depth: Depth | tuple[int, int] | None, guidance: float) -> Depth | None:
         if isinstance(depth, tuple):
@@ -345,5 +354,5 @@ class TextModel:
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             room = int(free * CUDA_CACHE_SHARE)
-        each = kv_bytes_per_token(self.config, self.dtype.itemsize)
+        each = kv_bytes_per_token(self.config, cache_dtype(self.model).itemsize)
         return max(1, min(MAX_BATCH_TOKENS, room // each))

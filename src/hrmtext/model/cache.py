@@ -6,6 +6,7 @@ Letters: B rows, C capacity in tokens of a row, N heads, K head width, T tokens 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from hrmtext.batch import RowLayout
 from hrmtext.config.model import ModelConfig
@@ -30,26 +31,41 @@ class KVCache:
         `dtype` may differ from the model's: on a CPU, fp32 keys and values make bf16 models decode
         faster, as batched bf16 products of one row are slow there.
         """
-        shape = (config.num_slots, num_rows, config.num_heads, capacity, config.head_dim)
-        self.keys = torch.zeros(shape, device=device, dtype=dtype)  # (slots, B, N, C, K)
-        self.values = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (num_rows, config.num_heads, capacity, config.head_dim)
+
+        def allocate() -> list[torch.Tensor]:
+            slots = range(config.num_slots)
+            return [torch.zeros(shape, device=device, dtype=dtype) for _ in slots]
+
+        self.keys = allocate()  # of each slot, (B, N, C, K)
+        self.values = allocate()
         self.lengths = torch.zeros(num_rows, dtype=torch.int64, device=device)  # (B)
         self.longest = 0
 
     @property
     def capacity(self) -> int:
         """Tokens that a row can hold."""
-        return self.keys.shape[3]
+        return self.keys[0].shape[2]
 
     @property
     def num_rows(self) -> int:
         """B."""
-        return self.keys.shape[1]
+        return self.keys[0].shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        """Where keys and values are."""
+        return self.keys[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Number format of keys and values."""
+        return self.keys[0].dtype
 
     @property
     def nbytes(self) -> int:
         """Memory of keys and values."""
-        return 2 * self.keys.numel() * self.keys.element_size()
+        return sum(tensor.nbytes for tensor in (*self.keys, *self.values))
 
     def prefill(self, layout: RowLayout, plan: AttentionPlan) -> PrefillPlan:
         """A plan for the first forward pass: attends as `plan` does and stores keys and values.
@@ -65,14 +81,29 @@ class KVCache:
 
     def decode(self) -> DecodePlan:
         """A plan for one further token of every row. Call `commit` after the pass."""
+        self.require_room()
+        return DecodePlan(self.keys, self.values, self.lengths, self.longest + 1, cache=self)
+
+    def require_room(self) -> None:
+        """DataError if the longest row cannot take another token."""
         if self.longest >= self.capacity:
             raise DataError(f"the cache is full: every row holds {self.capacity} tokens at most")
-        return DecodePlan(self)
+
+    def advance(self) -> None:
+        """Count one decoded token a row."""
+        self.lengths = self.lengths + 1
+        self.longest += 1
+
+    def grow(self, capacity: int) -> None:
+        """Make room for `capacity` tokens a row."""
+        extra = (0, 0, 0, capacity - self.capacity)
+        self.keys = [F.pad(tensor, extra) for tensor in self.keys]
+        self.values = [F.pad(tensor, extra) for tensor in self.values]
 
     def keep(self, rows: torch.Tensor) -> None:
         """Keep only `rows` (indices), in that order: finished rows leave, survivors move up."""
-        self.keys = self.keys.index_select(1, rows)
-        self.values = self.values.index_select(1, rows)
+        self.keys = [tensor.index_select(0, rows) for tensor in self.keys]
+        self.values = [tensor.index_select(0, rows) for tensor in self.values]
         self.lengths = self.lengths.index_select(0, rows)
 
     def trim(self, lengths: torch.Tensor) -> None:
@@ -89,10 +120,10 @@ class PrefillPlan:
     def __init__(self, cache: KVCache, layout: RowLayout, plan: AttentionPlan) -> None:
         self.cache = cache
         self.plan = plan
-        self.lengths = torch.tensor(layout.lengths, device=cache.keys.device)
+        self.lengths = torch.tensor(layout.lengths, device=cache.device)
         self.longest = max(layout.lengths)
         rows = torch.repeat_interleave(
-            torch.arange(cache.num_rows, device=cache.keys.device), self.lengths
+            torch.arange(cache.num_rows, device=cache.device), self.lengths
         )
         self.used = len(rows)
         starts = torch.tensor(layout.starts(), device=rows.device)
@@ -119,29 +150,36 @@ class DecodePlan:
     row, torch's fused kernels have nothing to fuse.
     """
 
-    def __init__(self, cache: KVCache) -> None:
+    def __init__(
+        self,
+        keys: list[torch.Tensor],
+        values: list[torch.Tensor],
+        lengths: torch.Tensor,
+        width: int,
+        cache: KVCache | None = None,
+    ) -> None:
+        """Attend to the first `width` columns of keys and values, each row to what it holds.
+
+        Args:
+            keys, values: of each slot, (B, N, C, K); the new token is written into them.
+            lengths: (B) tokens that each row holds; also the positions of the new ones.
+            width: above every length, at most C.
+        """
+        num_rows, num_heads = keys[0].shape[:2]
+        self.keys, self.values, self.positions, self.width = keys, values, lengths, width
         self.cache = cache
-        self.rows = torch.arange(cache.num_rows, device=cache.keys.device)  # (B)
-        self.width = cache.longest + 1
-        columns = torch.arange(self.width, device=self.rows.device)
-        hidden = columns > cache.lengths[:, None]  # (B, width)
-        mask = torch.zeros(hidden.shape, dtype=cache.keys.dtype, device=self.rows.device)
-        mask = mask.masked_fill_(hidden, float("-inf"))
+        self.rows = torch.arange(num_rows, device=lengths.device)  # (B)
+        columns = torch.arange(width, device=lengths.device)
+        mask = torch.zeros(num_rows, width, dtype=keys[0].dtype, device=lengths.device)
+        mask = mask.masked_fill(columns > lengths[:, None], float("-inf"))  # (B, width)
         # (B * N, 1, width), shared by all stack calls and layers
-        self.mask = mask.repeat_interleave(cache.keys.shape[2], dim=0)[:, None]
+        self.mask = mask.repeat_interleave(num_heads, dim=0)[:, None]
 
-    @property
-    def positions(self) -> torch.Tensor:
-        """(B) position of the token that each row decodes."""
-        return self.cache.lengths
-
-    def attend(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot: int
-    ) -> torch.Tensor:
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot: int) -> torch.Tensor:
         """(B, N, K) each -> (B, N, K)."""
-        keys, values = self.cache.keys[slot], self.cache.values[slot]  # (B, N, C, K)
-        keys[self.rows, :, self.cache.lengths] = k.to(keys.dtype)
-        values[self.rows, :, self.cache.lengths] = v.to(keys.dtype)
+        keys, values = self.keys[slot], self.values[slot]  # (B, N, C, K)
+        keys[self.rows, :, self.positions] = k.to(keys.dtype)
+        values[self.rows, :, self.positions] = v.to(keys.dtype)
         keys = keys[:, :, : self.width].flatten(0, 1)  # (B * N, width, K)
         values = values[:, :, : self.width].flatten(0, 1)
         queries = q.to(keys.dtype).reshape(-1, 1, q.shape[-1])  # (B * N, 1, K)
@@ -152,5 +190,5 @@ class DecodePlan:
 
     def commit(self) -> None:
         """Count the stored token; once, after the forward pass."""
-        self.cache.lengths = self.cache.lengths + 1
-        self.cache.longest += 1
+        assert self.cache is not None, "only a plan made by a cache counts its tokens"
+        self.cache.advance()

@@ -21,6 +21,7 @@ from hrmtext.runtime import dist
 from hrmtext.runtime.compile import compile_blocks
 from hrmtext.runtime.device import pick_device, pick_training_dtype
 from hrmtext.runtime.log import logger
+from hrmtext.runtime.memory import release_free_memory
 from hrmtext.train.checkpoint import RunIdentity, load_checkpoint, save_checkpoint
 from hrmtext.train.metrics import Interval, MetricsLog, Stopwatch, peak_flops
 from hrmtext.train.optim import AdamAtan2
@@ -36,6 +37,7 @@ from hrmtext.train.step import StepResult, TrainStep
 from hrmtext.train.validate import Validation, validate
 
 Resume = Literal["auto", "never", "must"]
+STEPS_PER_MEMORY_RELEASE = 100
 
 MAX_INITIAL_SHARE = 0.05
 """A final average that holds more of the initial weights than this is worth a warning."""
@@ -250,6 +252,8 @@ class Session:
                 break
             self._one_step(next(batches), log, shown)
             step, config = self.state.step, self.config
+            if self.device.type == "cpu" and step % STEPS_PER_MEMORY_RELEASE == 0:
+                release_free_memory()
             is_last = step == self.total_steps
             self.watch.pause()
             if is_last or (config.validate_every and step % config.validate_every == 0):

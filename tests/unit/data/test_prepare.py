@@ -108,7 +108,6 @@ def config_for(raw, **changes):
         },
         "tokenizer": {"vocab_size": 350, "max_rows_per_stratum": 50},
         "sampling": {"epochs": 2, "max_seq_len": 256},
-        "packing": {"batch_tokens": 1024, "bin_tokens": 512},
     }
     return build(DataConfig, values | changes, where="test")
 
@@ -244,12 +243,6 @@ def test_inspect_reads_composite_and_absent_conditions(tmp_path, tokenizer):
 def test_configs_refuse_what_cannot_work():
     with pytest.raises(ConfigError, match="names no source"):
         build(DataConfig, {}, where="test")
-    with pytest.raises(ConfigError, match="the longest rows would fit no bin"):
-        build(
-            DataConfig,
-            {"local": [{"path": "x"}], "packing": {"batch_tokens": 8192, "bin_tokens": 1024}},
-            where="test",
-        )
     with pytest.raises(ConfigError, match="epochs is 0"):
         build(DataConfig, {"local": [{"path": "x"}], "sampling": {"epochs": 0}}, where="test")
     with pytest.raises(ConfigError, match=r"unknown key 'tokenizer\.vocabsize'; perhaps"):

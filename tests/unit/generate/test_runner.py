@@ -1,5 +1,7 @@
 """TextModel: batches equal one-by-one, limits, stops, guidance, the self-test."""
 
+import shutil
+
 import pytest
 import torch
 from generate_helpers import sentences, text_model
@@ -8,6 +10,7 @@ from hrmtext.config.generate import GenerateConfig
 from hrmtext.errors import BackendError, ConfigError, DataError, NonFiniteError
 from hrmtext.generate import decode as decode_module
 from hrmtext.generate import runner as runner_module
+from hrmtext.generate.step import compiled_width
 from hrmtext.model import Depth
 
 PROMPTS = sentences(13, seed=4)
@@ -70,7 +73,7 @@ def test_rows_leave_the_batch_and_the_cache_grows(monkeypatch):
     model = text_model()
     seen = {"keep": 0, "grow": 0, "rows": []}
     real_keep, real_grow = decode_module.KVCache.keep, decode_module.grow
-    real_decode = decode_module.KVCache.decode
+    real_advance = decode_module.KVCache.advance
 
     def keep(self, rows):
         seen["keep"] += 1
@@ -80,16 +83,16 @@ def test_rows_leave_the_batch_and_the_cache_grows(monkeypatch):
         seen["grow"] += 1
         real_grow(cache, final)
 
-    def decode(self):
+    def advance(self):
         seen["rows"].append(self.num_rows)
         assert self.longest == int(self.lengths.max()), "decoding attends more than it holds"
-        return real_decode(self)
+        real_advance(self)
 
     stop = [common_stop(model, PROMPTS)]
     config = GenerateConfig(max_new_tokens=60)
     expected = model.generate_tokens(PROMPTS, config=config, stop_tokens=stop)
     monkeypatch.setattr(decode_module.KVCache, "keep", keep)
-    monkeypatch.setattr(decode_module.KVCache, "decode", decode)
+    monkeypatch.setattr(decode_module.KVCache, "advance", advance)
     monkeypatch.setattr(decode_module, "grow", grow)
     monkeypatch.setattr(decode_module, "MIN_GROWTH_TOKENS", 4)
     found = model.generate_tokens(PROMPTS, config=config, stop_tokens=stop)
@@ -275,3 +278,29 @@ def test_damaged_weights_and_a_foreign_tokenizer_are_refused():
         model.generate("x")
     with pytest.raises(DataError, match=r"330 entries.*only 320.*do not belong together"):
         text_model(vocab_size=320)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+@pytest.mark.filterwarnings("default")  # torch.compile warns about its own inside
+def test_a_compiled_step_gives_the_answers_of_the_eager_one():
+    """Rows of different length and limits, some finished long before others, two widths."""
+    model = text_model()
+    stop = [common_stop(model, PROMPTS)]
+    for options in ({}, SAMPLED):
+        eager, compiled = (
+            model.generate_tokens(
+                PROMPTS,
+                config=GenerateConfig(max_new_tokens=70, compile=compile, **options),
+                stop_tokens=stop,
+            )
+            for compile in (False, True)
+        )
+        assert [a.tokens for a in compiled] == [a.tokens for a in eager]
+        assert len({len(a.tokens) for a in eager}) > 1, "the rows were to end at different times"
+
+
+def test_a_compiled_step_reads_few_different_widths():
+    assert {compiled_width(n, 4096) for n in range(4096)} == {64, 128, 256, 512, 1024, 2048, 4096}
+    assert all(n < compiled_width(n, 4096) for n in range(4096))
+    assert compiled_width(70, 100) == 100
