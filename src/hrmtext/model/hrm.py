@@ -35,15 +35,17 @@ class Recurrence(nn.Module):
         positions: torch.Tensor,
         plan: AttentionPlan,
         depth: Depth | None = None,
+        select: torch.Tensor | None = None,
     ) -> list[torch.Tensor]:
         """z_H after every H cycle.
 
         Args:
             tokens: (T) int64. positions: (T) int64, from 0 in every row.
             depth: cycles to run and which calls carry gradient; None: as configured, all of them.
+            select: (S) stream indices whose output is wanted; None: all.
 
         Returns:
-            One (T, D) tensor a cycle, the last being the output.
+            One (T, D) tensor a cycle, the last being the output: (S, D) of the selected tokens.
         """
         config = self.config
         depth = depth or Depth.full(config)
@@ -64,7 +66,8 @@ class Recurrence(nn.Module):
                     z_L = self.L_module(z_L + z_H, cos, sin, plan, config.slot(h, call, 0))
             with torch.set_grad_enabled(grad_enabled and next(flags)):
                 slot = config.slot(h, config.L_cycles, 0)
-                z_H = self.H_module(z_H + z_L, cos, sin, plan, slot)
+                chosen = select if h == depth.H_cycles - 1 else None
+                z_H = self.H_module(z_H + z_L, cos, sin, plan, slot, chosen)
             states.append(z_H)
         return states
 
@@ -76,7 +79,7 @@ class LMOutput:
     logits: torch.Tensor
     """(S, V) of the selected tokens, (T, V) where none were selected; in the weights' dtype."""
     states: list[torch.Tensor]
-    """z_H after every H cycle, (T, D) each."""
+    """z_H after every H cycle: (T, D) each, but the last (S, D) of the selected tokens."""
 
 
 class HrmLM(nn.Module):
@@ -108,8 +111,8 @@ class HrmLM(nn.Module):
             depth: cycles and gradient routing; None: as configured, full backpropagation.
             select: (S) stream indices whose logits are wanted; None: all.
         """
-        states = self.model(tokens, positions, plan, depth)
-        return LMOutput(logits=self.head(states[-1], select), states=states)
+        states = self.model(tokens, positions, plan, depth, select)
+        return LMOutput(logits=self.head(states[-1]), states=states)
 
     def head(self, state: torch.Tensor, select: torch.Tensor | None = None) -> torch.Tensor:
         """(T, D) state of any H cycle -> logits of the selected tokens, (S, V)."""

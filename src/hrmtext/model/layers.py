@@ -56,8 +56,9 @@ class GatedAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(T, D) -> gate, rotated queries, rotated keys, values: (T, N, K) each."""
         gqkv = self.gqkv_proj(x).view(-1, 4, self.num_heads, self.head_dim)  # (T, 4, N, K)
-        q, k = rotate(gqkv[:, 1:3], cos, sin).unbind(1)
-        return gqkv[:, 0], q, k, gqkv[:, 3]
+        gate, qk, v = gqkv.split((1, 2, 1), dim=1)  # one split: its backward is one concatenation
+        q, k = rotate(qk, cos, sin).unbind(1)
+        return gate.squeeze(1), q, k, v.squeeze(1)
 
     def output(self, gate: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """(T, N, K) each -> (T, D)."""
@@ -94,10 +95,14 @@ class Block(nn.Module):
         sin: torch.Tensor,
         plan: AttentionPlan,
         slot: int,
+        select: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(T, D) -> (T, D); `slot` names the KV slot of this (stack call, layer)."""
+        """(T, D) -> (T, D), or (S, D) of the selected tokens; `slot` is the KV slot's number."""
         gate, q, k, v = self.attn.project(rms_norm(x, self.eps), cos, sin)
-        x = x + self.attn.output(gate, plan.attend(q, k, v, slot))
+        attended = plan.attend(q, k, v, slot)
+        if select is not None:
+            x, gate, attended = (y.index_select(0, select) for y in (x, gate, attended))
+        x = x + self.attn.output(gate, attended)
         return x + self.mlp(rms_norm(x, self.eps))
 
 
@@ -116,8 +121,15 @@ class Stack(nn.Module):
         sin: torch.Tensor,
         plan: AttentionPlan,
         first_slot: int,
+        select: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """(T, D) -> (T, D); layer i uses KV slot `first_slot + i`."""
+        """(T, D) -> (T, D), or (S, D) of the selected tokens.
+
+        Layer i uses KV slot `first_slot + i`. Tokens that are not selected still serve as keys and
+        values of the last layer; only what follows its attention is left out for them.
+        """
+        last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
-            x = layer(x, cos, sin, plan, first_slot + index)
+            chosen = select if index == last else None
+            x = layer(x, cos, sin, plan, first_slot + index, chosen)
         return rms_norm(x, self.eps)

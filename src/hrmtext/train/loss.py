@@ -154,10 +154,9 @@ def forward_loss(
     model: HrmLM, batch: Microbatch, *, depth: Depth | None, scale: float, chunk_bytes: int
 ) -> TokenLoss:
     """The loss of one microbatch: only the supervised tokens reach the head."""
-    states = model.model(batch.tokens, batch.positions, batch.plan, depth)
-    selected = states[-1].index_select(0, batch.select)  # (S, D)
+    states = model.model(batch.tokens, batch.positions, batch.plan, depth, batch.select)
     return cross_entropy(
-        selected, model.lm_head.weight, batch.labels, scale=scale, chunk_bytes=chunk_bytes
+        states[-1], model.lm_head.weight, batch.labels, scale=scale, chunk_bytes=chunk_bytes
     )
 
 
