@@ -4,7 +4,7 @@ Same weights, same rows, same depth of backpropagation (`L_bp_cycles`), one opti
 ours with packed rows and Adam-atan2 with EMA, theirs with padded rows and torch's fused AdamW. The
 best setting of each side (number format, attention) is found first, then all are timed in turn. As
 a third side, theirs gets what it cannot do by itself: the batch cut into microbatches of rows of
-similar length, which saves most of its padding.
+similar length, which saves most of its padding; and both sides are timed compiled as well.
 
     python benchmarks/train_step.py [--rounds 12] [--preset micro] [--batch-tokens 4096]
 """
@@ -27,6 +27,7 @@ from hrmtext.config.model import preset
 from hrmtext.config.train import TrainConfig
 from hrmtext.model import Depth, build_model
 from hrmtext.model.flops import training_flops
+from hrmtext.runtime.compile import compile_blocks
 from hrmtext.runtime.device import pick_device
 from hrmtext.train.optim import AdamAtan2
 from hrmtext.train.precision import ComputeModel
@@ -52,7 +53,9 @@ def quickstart_like_rows(tokens: int, vocab_size: int, seed: int) -> Rows:
         rows.append(tuple([rng.randrange(32, vocab_size) for _ in range(n)] for n in lengths))  # type: ignore[arg-type]
 
 
-def our_side(config, rows: Rows, device: torch.device, dtype: torch.dtype) -> Callable[[], float]:
+def our_side(
+    config, rows: Rows, device: torch.device, dtype: torch.dtype, *, compiled: bool = False
+) -> Callable[[], float]:
     """One optimizer step of ours."""
     model = build_model(config, seed=0, device=device)
     optimizer = AdamAtan2(model.parameters(), lr=1e-4)
@@ -62,7 +65,9 @@ def our_side(config, rows: Rows, device: torch.device, dtype: torch.dtype) -> Ca
         L_bp_cycles=L_BP_CYCLES,
         attention="auto",
     )
-    step = TrainStep(ComputeModel(model, dtype), optimizer, train, device)
+    compute = ComputeModel(model, dtype)
+    compile_blocks(compute.module, compiled, device=device)
+    step = TrainStep(compute, optimizer, train, device)
     packed = PackedBatch.from_rows(rows)
     batch = SimpleNamespace(
         index=0, epoch=0, bins=[packed], num_tokens=packed.layout.num_tokens,
@@ -84,6 +89,8 @@ def their_side(
     precision: str,
     num_splits: int,
     attention: str,
+    *,
+    compiled: bool = False,
 ) -> Callable[[], float]:
     """One optimizer step of transformers' model; rows sorted by length into padded microbatches.
 
@@ -100,6 +107,8 @@ def their_side(
     )
     model.load_state_dict(to_split(ours.state_dict()))
     model.to(device).train()
+    if compiled:
+        model.forward = torch.compile(model.forward)
     optimizer = torch.optim.AdamW(
         [p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True
     )
@@ -193,6 +202,11 @@ def main() -> None:
         "transformers, sorted by length": their_settings((2, 4)),
     }.items():
         best[side], steps[side], trials[side] = best_of(makers, device)
+    their_precision, their_attention, _ = best["transformers"].split(", ")
+    steps["ours, compiled"] = our_side(config, rows, device, dtypes[best["ours"]], compiled=True)
+    steps["transformers, compiled"] = their_side(
+        config, rows, device, their_precision, 1, their_attention, compiled=True
+    )
     seconds = interleave(steps, rounds=arguments.rounds, device=device)
     packed = PackedBatch.from_rows(rows)
     flops = num_tokens * training_flops(
@@ -219,9 +233,12 @@ def main() -> None:
                 for side, values in seconds.items()
             },
             "times_faster": {
-                f"than {side}": summary(ratios(seconds, side, "ours"), digits=2)
-                for side in seconds
-                if side != "ours"
+                f"{fast}, than {slow}": summary(ratios(seconds, slow, fast), digits=2)
+                for fast, slow in (
+                    ("ours", "transformers"),
+                    ("ours", "transformers, sorted by length"),
+                    ("ours, compiled", "transformers, compiled"),
+                )
             },
             "roofline": {
                 "matmul_flops_per_s": round(ceiling),
