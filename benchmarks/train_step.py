@@ -50,7 +50,10 @@ def quickstart_like_rows(tokens: int, vocab_size: int, seed: int) -> Rows:
         if used + sum(lengths) - 1 > tokens:
             return rows
         used += sum(lengths) - 1
-        rows.append(tuple([rng.randrange(32, vocab_size) for _ in range(n)] for n in lengths))  # type: ignore[arg-type]
+        prompt_ids, response_ids = (
+            [rng.randrange(32, vocab_size) for _ in range(count)] for count in lengths
+        )
+        rows.append((prompt_ids, response_ids))
 
 
 def our_side(

@@ -58,11 +58,6 @@ class KVCache:
         return self.keys[0].device
 
     @property
-    def dtype(self) -> torch.dtype:
-        """Number format of keys and values."""
-        return self.keys[0].dtype
-
-    @property
     def nbytes(self) -> int:
         """Memory of keys and values."""
         return sum(tensor.nbytes for tensor in (*self.keys, *self.values))

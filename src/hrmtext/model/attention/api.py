@@ -43,7 +43,7 @@ def make_plan(
 
     Args:
         dtype: number format of the queries that will come.
-        backend: `reference`, `sdpa`, or `auto` (says once which it took and why).
+        backend: `reference`, `sdpa`, or `auto`: `sdpa`, which runs on every device (logged).
 
     Raises:
         BackendError: a backend asked for by name does not exist.

@@ -37,7 +37,7 @@ class Group:
     mask: torch.Tensor | None
     """(R, 1, S, S) additive, or None where every query sees every key."""
     dtype: torch.dtype
-    """Number format that attention is computed in."""
+    """Number format of queries, keys and values; scores of products are fp32 or better."""
     by_products: bool
     """Two batched products around a softmax, not torch's fused kernel."""
 
@@ -45,8 +45,8 @@ class Group:
         """(R*S, N, K) each -> (R*S, N, K)."""
         shape = (self.num_rows, self.num_columns, *q.shape[1:])
         heads = (x.view(shape).transpose(1, 2).to(self.dtype) for x in (q, k, v))  # (R, N, S, K)
-        fused = _by_products if self.by_products else scaled_dot_product_attention
-        out = fused(*heads, attn_mask=self.mask)  # (R, N, S, K)
+        compute = _by_products if self.by_products else scaled_dot_product_attention
+        out = compute(*heads, attn_mask=self.mask)  # (R, N, S, K)
         return out.transpose(1, 2).reshape(q.shape).to(q.dtype)
 
 
@@ -71,15 +71,15 @@ class SdpaPlan:
             # torch's CPU kernel takes four times as long for the bf16 backward as for the fp32 one.
             is_slow = device.type == "cpu" and dtype.itemsize < 4 and not by_products
             compute_dtype = torch.float32 if is_slow else dtype
-            wide = torch.promote_types(dtype, torch.float32) if by_products else compute_dtype
-            mask = _additive_mask(ends, wide, device)
+            scores = torch.promote_types(dtype, torch.float32) if by_products else compute_dtype
+            mask = _additive_mask(ends, scores, device)
             groups.append(Group(len(rows), len(columns), mask, compute_dtype, by_products))
             gathers.append(gather.ravel())
             back[gather[real]] = base + np.flatnonzero(real)
             base += gather.size
         self.groups = groups
         self.num_padding = layout.num_padding
-        gather = np.concatenate(gathers) if gathers else np.zeros(0, dtype=np.int64)
+        gather = np.concatenate(gathers)
         self.gather = torch.from_numpy(gather).to(device)  # (sum R*S)
         self.back = torch.from_numpy(back).to(device)  # (T)
         slots = np.zeros(gather.size, dtype=bool)
