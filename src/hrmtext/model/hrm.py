@@ -6,6 +6,7 @@ Letters: T tokens of a packed stream, D hidden size, V vocabulary, S selected to
 from __future__ import annotations
 
 import dataclasses
+from typing import Protocol
 
 import torch
 from torch import nn
@@ -14,7 +15,7 @@ from hrmtext.config.model import ModelConfig
 from hrmtext.errors import ConfigError
 from hrmtext.model.attention import AttentionPlan
 from hrmtext.model.depth import Depth
-from hrmtext.model.layers import Stack, rotary_tables
+from hrmtext.model.layers import BlockCall, Stack, rotary_tables
 
 
 class Recurrence(nn.Module):
@@ -47,29 +48,64 @@ class Recurrence(nn.Module):
         Returns:
             One (T, D) tensor a cycle, the last being the output: (S, D) of the selected tokens.
         """
-        config = self.config
-        depth = depth or Depth.full(config)
-        if depth.H_cycles > config.H_cycles or depth.L_cycles > config.L_cycles:
-            raise ConfigError(
-                f"depth asks for {depth.H_cycles} x {depth.L_cycles} cycles, but the KV slots of "
-                f"this model are for at most {config.H_cycles} x {config.L_cycles}"
-            )
-        z_H = self.embed_tokens(tokens) * config.scale  # (T, D)
-        z_L = self.z_L_init.to(z_H.dtype).expand_as(z_H)  # (T, D)
-        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, z_H.dtype)
-        flags = iter(depth.carries_gradient)
-        grad_enabled = torch.is_grad_enabled()
-        states = []
-        for h in range(depth.H_cycles):
-            for call in range(depth.L_cycles):
-                with torch.set_grad_enabled(grad_enabled and next(flags)):
-                    z_L = self.L_module(z_L + z_H, cos, sin, plan, config.slot(h, call, 0))
+        embedded = self.embed_tokens(tokens)
+        return recur(self, self.config, embedded, positions, plan, depth, select)
+
+
+class Stacks(Protocol):
+    """What holds the two stacks and the start of z_L."""
+
+    H_module: Stack
+    L_module: Stack
+    z_L_init: torch.Tensor
+
+
+def recur(
+    stacks: Stacks,
+    config: ModelConfig,
+    embedded: torch.Tensor,
+    positions: torch.Tensor,
+    plan: AttentionPlan,
+    depth: Depth | None = None,
+    select: torch.Tensor | None = None,
+    call_block: BlockCall | None = None,
+) -> list[torch.Tensor]:
+    """The recurrence over token embeddings: z_H after every H cycle.
+
+    Args:
+        embedded: (T, D), not yet scaled. positions: (T) int64.
+        depth, select: as in `Recurrence.forward`; `select` needs a packed stream.
+        call_block: calls the blocks, for activation checkpointing; None: plainly.
+
+    Raises:
+        ConfigError: more cycles than the model has KV slots for.
+    """
+    depth = depth or Depth.full(config)
+    if depth.H_cycles > config.H_cycles or depth.L_cycles > config.L_cycles:
+        raise ConfigError(
+            f"depth asks for {depth.H_cycles} x {depth.L_cycles} cycles, but the KV slots of "
+            f"this model are for at most {config.H_cycles} x {config.L_cycles}"
+        )
+    z_H = embedded * config.scale  # (T, D)
+    z_L = stacks.z_L_init.to(z_H).expand_as(z_H)  # (T, D)
+    cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, z_H.dtype)
+    flags = iter(depth.carries_gradient)
+    grad_enabled = torch.is_grad_enabled()
+    states = []
+    for h in range(depth.H_cycles):
+        for call in range(depth.L_cycles):
             with torch.set_grad_enabled(grad_enabled and next(flags)):
-                slot = config.slot(h, config.L_cycles, 0)
-                chosen = select if h == depth.H_cycles - 1 else None
-                z_H = self.H_module(z_H + z_L, cos, sin, plan, slot, chosen)
-            states.append(z_H)
-        return states
+                slot = config.slot(h, call, 0)
+                # The stacks may lie on two devices: the sum is taken where z_H is.
+                z = z_L.to(z_H.device) + z_H
+                z_L = stacks.L_module(z, cos, sin, plan, slot, None, call_block)
+        with torch.set_grad_enabled(grad_enabled and next(flags)):
+            slot = config.slot(h, config.L_cycles, 0)
+            chosen = select if h == depth.H_cycles - 1 else None
+            z = z_H + z_L.to(z_H.device)
+            z_H = stacks.H_module(z, cos, sin, plan, slot, chosen, call_block)
+        states.append(z_H)
+    return states
 
 
 @dataclasses.dataclass(frozen=True)

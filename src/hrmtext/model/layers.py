@@ -1,9 +1,13 @@
 """The parts of a block: RMSNorm, rotary embedding, gated attention, SwiGLU.
 
-Letters: T tokens of a packed stream, D hidden size, N heads, K head width, M SwiGLU width.
+Letters: T tokens of a packed stream, D hidden size, N heads, K head width, M SwiGLU width. T may
+also stand for several leading dimensions, as (rows, columns) of a padded batch: nothing here mixes
+tokens but the attention plan.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -28,14 +32,14 @@ def rotary_tables(
     """
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32, device=positions.device)
     frequencies = 1.0 / theta ** (exponents / head_dim)  # (K/2)
-    angles = positions.float()[:, None] * frequencies  # (T, K/2)
+    angles = positions.float()[..., None] * frequencies  # (T, K/2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), dim=-1).to(dtype), torch.cat((-sin, sin), dim=-1).to(dtype)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
     """Rotary position embedding of (T, ..., N, K) by the (T, K) tables of `rotary_tables`."""
-    shape = (len(cos), *[1] * (x.dim() - 2), cos.shape[-1])
+    shape = (*cos.shape[:-1], *[1] * (x.dim() - cos.dim()), cos.shape[-1])
     swapped = x.roll(x.shape[-1] // 2, dims=-1)
     return torch.addcmul(x * cos.view(shape), swapped, sin.view(shape))
 
@@ -45,7 +49,6 @@ class GatedAttention(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.num_heads = config.num_heads
         self.head_dim = config.head_dim
         # Rows in the order gate, queries, keys, values: one product instead of four.
         self.gqkv_proj = nn.Linear(config.hidden_size, 4 * config.attention_size, bias=False)
@@ -55,14 +58,15 @@ class GatedAttention(nn.Module):
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """(T, D) -> gate, rotated queries, rotated keys, values: (T, N, K) each."""
-        gqkv = self.gqkv_proj(x).view(-1, 4, self.num_heads, self.head_dim)  # (T, 4, N, K)
-        gate, qk, v = gqkv.split((1, 2, 1), dim=1)  # one split: its backward is one concatenation
-        q, k = rotate(qk, cos, sin).unbind(1)
-        return gate.squeeze(1), q, k, v.squeeze(1)
+        # N is counted, not configured: under tensor parallelism a rank holds some of the heads.
+        gqkv = self.gqkv_proj(x).unflatten(-1, (4, -1, self.head_dim))  # (T, 4, N, K)
+        gate, qk, v = gqkv.split((1, 2, 1), dim=-3)  # one split: its backward is one concatenation
+        q, k = rotate(qk, cos, sin).unbind(-3)
+        return gate.squeeze(-3), q, k, v.squeeze(-3)
 
     def output(self, gate: torch.Tensor, attended: torch.Tensor) -> torch.Tensor:
         """(T, N, K) each -> (T, D)."""
-        return self.o_proj((torch.sigmoid(gate) * attended).flatten(1))
+        return self.o_proj((torch.sigmoid(gate) * attended).flatten(-2))
 
 
 class SwiGLU(nn.Module):
@@ -106,6 +110,10 @@ class Block(nn.Module):
         return x + self.mlp(rms_norm(x, self.eps))
 
 
+BlockCall = Callable[..., torch.Tensor]
+"""Calls a block with its arguments, perhaps under activation checkpointing."""
+
+
 class Stack(nn.Module):
     """Blocks and one RMSNorm at the exit, re-applied at every call (the paper's MagicNorm)."""
 
@@ -122,6 +130,7 @@ class Stack(nn.Module):
         plan: AttentionPlan,
         first_slot: int,
         select: torch.Tensor | None = None,
+        call_block: BlockCall | None = None,
     ) -> torch.Tensor:
         """(T, D) -> (T, D), or (S, D) of the selected tokens.
 
@@ -131,5 +140,6 @@ class Stack(nn.Module):
         last = len(self.layers) - 1
         for index, layer in enumerate(self.layers):
             chosen = select if index == last else None
-            x = layer(x, cos, sin, plan, first_slot + index, chosen)
+            arguments = (x, cos, sin, plan, first_slot + index, chosen)
+            x = layer(*arguments) if call_block is None else call_block(layer, *arguments)
         return rms_norm(x, self.eps)
