@@ -1,49 +1,29 @@
-"""Hugging Face folders: config.json and safetensors, in both layouts that are in the wild.
+"""Hugging Face folders: config.json both ways, and tensors in both layouts that are in the wild.
 
 Fused (the released file; our own parameter names) keeps gate, q, k, v in one matrix, and gate and
-up in another; split (transformers' own parameters) keeps each apart. One table maps both ways.
+up in another; split (transformers' own parameters) keeps each apart.
 """
 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 
-from hrmtext.artifacts.weights import read_tensors
-from hrmtext.config.base import build, nearest
+from hrmtext.artifacts.names import SPLIT_PARTS, outside_names, place_of
+from hrmtext.config.base import build
 from hrmtext.config.model import ModelConfig
 from hrmtext.errors import CheckpointError, ConfigError
-from hrmtext.model import HrmLM, empty_model
-from hrmtext.runtime.io import explain_storage_errors
 
 MODEL_TYPE = "hrm_text"
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 LAYOUTS = ("fused", "split")
-
-PARTS: dict[str, tuple[str, ...]] = {
-    "attn.gqkv_proj.weight": (
-        "self_attn.gate_proj.weight",
-        "self_attn.q_proj.weight",
-        "self_attn.k_proj.weight",
-        "self_attn.v_proj.weight",
-    ),
-    "attn.o_proj.weight": ("self_attn.o_proj.weight",),
-    "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
-    "mlp.down_proj.weight": ("mlp.down_proj.weight",),
-}
-"""Fused name inside a layer -> split names, in the order of their rows. All parts are equal."""
-
-_FUSED_OF = {part: fused for fused, parts in PARTS.items() for part in parts}
-_LAYER = re.compile(r"(model\.[HL]_module\.layers\.\d+)\.(.+)")
+PARTS = SPLIT_PARTS
 
 # transformers' defaults for keys that a config.json may leave out.
 _DEFAULTS: dict[str, Any] = {
@@ -159,7 +139,7 @@ def from_hf_config(values: Mapping[str, Any], where: str) -> ModelConfig:
         "prefix_lm": get["prefix_lm"],
     }
     try:
-        return build(ModelConfig, fields, where=where)
+        return build(ModelConfig, fields, where=where).canonical()
     except ConfigError as error:
         raise CheckpointError(str(error)) from None
 
@@ -176,13 +156,8 @@ def to_split(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Fused tensors by their split names; views of the same memory."""
     split = {}
     for name, tensor in state.items():
-        layer = _LAYER.fullmatch(name)
-        if layer is None or layer[2] not in PARTS:
-            split[name] = tensor
-            continue
-        parts = PARTS[layer[2]]
-        for part, chunk in zip(parts, tensor.chunk(len(parts)), strict=True):
-            split[f"{layer[1]}.{part}"] = chunk
+        parts = outside_names(name, "split")
+        split.update(zip(parts, tensor.chunk(len(parts)) if parts[1:] else [tensor], strict=True))
     return split
 
 
@@ -195,14 +170,13 @@ def to_fused(state: Mapping[str, torch.Tensor], where: str = "weights") -> dict[
     fused: dict[str, torch.Tensor] = {}
     parts_of: dict[str, dict[str, torch.Tensor]] = {}
     for name, tensor in state.items():
-        layer = _LAYER.fullmatch(name)
-        if layer is None or layer[2] not in _FUSED_OF:
-            fused[name] = tensor
+        place = place_of(name, "split")
+        if place is None or place.num_parts == 1:
+            fused[name if place is None else place.name] = tensor
         else:
-            target = f"{layer[1]}.{_FUSED_OF[layer[2]]}"
-            parts_of.setdefault(target, {})[layer[2]] = tensor
+            parts_of.setdefault(place.name, {})[name] = tensor
     for target, found in parts_of.items():
-        wanted = PARTS[_LAYER.fullmatch(target)[2]]  # type: ignore[index]
+        wanted = outside_names(target, "split")
         missing = [part for part in wanted if part not in found]
         if missing:
             raise CheckpointError(f"{where}: {target} lacks its part {', '.join(missing)}")
@@ -222,91 +196,6 @@ def read_hf_values(folder: str | Path) -> dict[str, Any]:
     if not isinstance(values, dict):
         raise CheckpointError(f"{path}: expected a mapping, got {type(values).__name__}")
     return values
-
-
-def load_hf_state(
-    folder: str | Path, device: torch.device | str = "cpu"
-) -> dict[str, torch.Tensor]:
-    """Tensors of a folder by `HrmLM`'s names: fused, split or mixed, one file or sharded.
-
-    Raises:
-        CheckpointError: a weights file is missing or truncated, or the index names a tensor that
-            its shard does not hold.
-    """
-    folder = Path(folder)
-    single, index = folder / WEIGHTS_FILE, folder / INDEX_FILE
-    if single.is_file():
-        tensors = read_tensors(single, device)
-    elif index.is_file():
-        tensors = _read_shards(folder, index, device)
-    else:
-        raise CheckpointError(f"{folder} has neither {WEIGHTS_FILE} nor {INDEX_FILE}")
-    # Older exports carry the rotary frequencies, which follow from the config.
-    kept = {n: t for n, t in tensors.items() if not n.endswith("rotary_emb.inv_freq")}
-    return to_fused(kept, where=str(folder))
-
-
-def write_hf_state(path: Path, state: Mapping[str, torch.Tensor], layout: str) -> None:
-    """Write `HrmLM`'s tensors as one safetensors file in a layout; StorageError on a full disk."""
-    chosen = to_split(state) if layout == "split" else state
-    ready = {name: tensor.detach().cpu().contiguous() for name, tensor in chosen.items()}
-    with explain_storage_errors(path):
-        try:
-            # transformers refuses a file that does not say which framework's tensors it holds.
-            save_file(ready, path, metadata={"format": "pt"})
-        except SafetensorError as error:
-            raise RuntimeError(str(error)) from error
-
-
-def load_hf_model(
-    folder: str | Path,
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> HrmLM:
-    """The model of a Hugging Face folder, in eval mode, its weights in `dtype`.
-
-    Raises:
-        CheckpointError: as `from_hf_config` and `load_hf_state`, or tensors that do not fit.
-    """
-    folder = Path(folder)
-    config = from_hf_config(read_hf_values(folder), where=str(folder / CONFIG_FILE))
-    state = load_hf_state(folder, device)
-    model = empty_model(config, device="meta", dtype=dtype)
-    _check_fit(model, state, str(folder))
-    model.load_state_dict({name: tensor.to(dtype) for name, tensor in state.items()}, assign=True)
-    return model.eval()
-
-
-def _read_shards(folder: Path, index: Path, device: torch.device | str) -> dict[str, torch.Tensor]:
-    try:
-        weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{index} is not a safetensors index: {error!r}") from None
-    tensors: dict[str, torch.Tensor] = {}
-    for file in sorted(set(weight_map.values())):
-        if Path(file).name != file:
-            raise CheckpointError(f"{index} names {file!r}, a file outside its folder")
-        tensors.update(read_tensors(folder / file, device))
-    missing = [name for name in weight_map if name not in tensors]
-    if missing:
-        raise CheckpointError(f"{index} names tensors that no shard holds: {missing[:5]}")
-    return tensors
-
-
-def _check_fit(model: HrmLM, state: Mapping[str, torch.Tensor], where: str) -> None:
-    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    problems = [f"missing {name}" for name in expected if name not in state]
-    problems += [
-        f"unexpected {name}{nearest(name, [*expected])}" for name in state if name not in expected
-    ]
-    problems += [
-        f"{name} has shape {tuple(state[name].shape)}, config.json says {shape}"
-        for name, shape in expected.items()
-        if name in state and tuple(state[name].shape) != shape
-    ]
-    if problems:
-        more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
-        raise CheckpointError(f"{where}: weights do not fit: {'; '.join(problems[:6])}{more}")
 
 
 def _rope_theta(values: Mapping[str, Any]) -> float:

@@ -98,6 +98,20 @@ class ModelConfig:
         """
         return (h * (self.L_cycles + 1) + call) * self.num_layers_per_stack + layer
 
+    def canonical(self) -> ModelConfig:
+        """The same shape in its shortest statement: widths and scales that follow are left out.
+
+        Two configs describe the same model exactly where their canonical forms are equal.
+        """
+        default = ModelConfig.expansion
+        follows = self.mlp_size == round_up(round(default * self.hidden_size * 2 / 3), 256)
+        width = None if follows else self.mlp_size
+        scale: float | None = self.scale
+        # Files hold 1 / (1 / sqrt(hidden_size)) too, which may differ in the last bit.
+        if math.isclose(self.scale, math.sqrt(self.hidden_size), rel_tol=1e-15):
+            scale = None
+        return self.with_changes(expansion=default, intermediate_size=width, embedding_scale=scale)
+
     def with_changes(self, **changes: Any) -> ModelConfig:
         """A copy with some fields replaced, validated anew."""
         return build(ModelConfig, {**dataclasses.asdict(self), **changes}, where="model")

@@ -17,10 +17,11 @@ from hrmtext.artifacts.hf_folder import (
     CONFIG_FILE,
     LAYOUTS,
     WEIGHTS_FILE,
-    load_hf_model,
     to_hf_config,
-    write_hf_state,
+    to_split,
 )
+from hrmtext.artifacts.opening import open_stored
+from hrmtext.artifacts.safetensors_file import Entry, write_safetensors
 from hrmtext.config.base import nearest
 from hrmtext.convert.verify import Comparison, compare_with_transformers
 from hrmtext.data.tokenizer import PromptTokenizer, export_tokenizer
@@ -89,7 +90,12 @@ def export_hf(
     with atomic_folder(out, replace=replace) as folder:
         write_json(folder / CONFIG_FILE, values | _token_ids(source.tokenizer))
         write_json(folder / GENERATION_CONFIG_FILE, _generation_values(source.tokenizer))
-        write_hf_state(folder / WEIGHTS_FILE, state, layout)
+        chosen = to_split(state) if layout == "split" else state
+        entries = {name: Entry(t.dtype, tuple(t.shape)) for name, t in chosen.items()}
+        # transformers refuses a file that does not say which framework's tensors it holds.
+        write_safetensors(
+            folder / WEIGHTS_FILE, entries, chosen.__getitem__, metadata={"format": "pt"}
+        )
         export_tokenizer(source.tokenizer, folder, source.config.max_seq_len)
         comparison = _verify(folder, state) if verify else None
     # The rename made the folder whole; people go on to edit and upload what is in it.
@@ -99,7 +105,7 @@ def export_hf(
 
 
 def _verify(folder: Path, state: dict[str, torch.Tensor]) -> Comparison:
-    ours = load_hf_model(folder, dtype=torch.float32)
+    ours = open_stored(folder).load_model(dtype=torch.float32)
     read = ours.state_dict()
     for name, tensor in state.items():
         if not torch.equal(read[name], tensor.float()):

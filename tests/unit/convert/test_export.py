@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -108,7 +109,7 @@ def test_an_export_that_computes_something_else_leaves_nothing_behind(tmp_path, 
         found[q], found[k] = found[k], found[q]
         return found
 
-    monkeypatch.setattr(hf_folder, "to_split", swapped)
+    monkeypatch.setattr(hf_module, "to_split", swapped)
     with pytest.raises(CheckpointError, match="differs from what was written"):
         export_hf(tiny(), tmp_path / "out", layout="split")
     assert list(tmp_path.iterdir()) == []
@@ -130,7 +131,8 @@ def test_a_wrong_value_in_the_config_is_found_by_the_comparison(tmp_path, monkey
 
     monkeypatch.setattr(hf_module, "to_hf_config", wrong)
     # Our own reader would be misled by the same file: compare with the model itself.
-    monkeypatch.setattr(hf_module, "load_hf_model", lambda folder, dtype: model.model)
+    honest = SimpleNamespace(load_model=lambda dtype: model.model)
+    monkeypatch.setattr(hf_module, "open_stored", lambda folder: honest)
     with pytest.raises(CheckpointError, match="transformers' logits differ"):
         export_hf(model, tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
