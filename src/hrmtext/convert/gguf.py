@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,15 +14,14 @@ import torch
 from hrmtext.artifacts.gguf_file import (
     ARCHITECTURE,
     TYPES,
-    outside_names,
     outside_shapes,
     shape_values,
 )
-from hrmtext.artifacts.names import tensor_names
+from hrmtext.artifacts.names import outside_names, tensor_names
 from hrmtext.config.base import nearest
 from hrmtext.config.model import ModelConfig
 from hrmtext.convert.gguf_types import FILE_TYPES, encode, kind_of
-from hrmtext.convert.gguf_verify import GgufComparison, compare_with_llama_cpp
+from hrmtext.convert.gguf_verify import GgufComparison, TensorSource, compare_with_llama_cpp
 from hrmtext.data.tokenizer import PromptTokenizer
 from hrmtext.errors import BackendError, ConfigError, DataError, StorageError
 from hrmtext.generate.gguf_tokenizer import tokenizer_values
@@ -31,19 +30,6 @@ from hrmtext.runtime.io import atomic_file
 
 QUANTIZATION_VERSION = 2
 """Of ggml's block layouts."""
-
-
-class TensorSource(Protocol):
-    """What a GGUF file can be written from: `convert.source.Source`, for one."""
-
-    @property
-    def config(self) -> ModelConfig:
-        """Shape of the model."""
-        ...
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor by `HrmLM`'s name."""
-        ...
 
 
 @dataclasses.dataclass
