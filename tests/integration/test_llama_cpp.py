@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hrmtext.artifacts.gguf_file import open_gguf
+from hrmtext.cli.main import main
 from hrmtext.config import preset
 from hrmtext.convert import gguf as writer
 from hrmtext.convert import gguf_verify
@@ -301,3 +302,31 @@ def test_without_the_package_the_extra_is_named(monkeypatch, path):
     monkeypatch.setitem(sys.modules, "xllamacpp", None)
     with pytest.raises(BackendError, match=r"hrm-text\[gguf\]"):
         LlamaCppModel(path)
+
+
+def test_the_command_line_answers_from_a_gguf_file(model, path, capsys):
+    expected = model.generate(PROMPTS[:2], "cot", max_new_tokens=6)
+    for options in ([], ["--engine", "llama.cpp"]):
+        arguments = ["generate", str(path), *PROMPTS[:2], "--condition", "cot"]
+        assert main([*arguments, "--max-new-tokens", "6", *options]) == 0
+        assert capsys.readouterr().out == "".join(f"{text}\n" for text in expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--dtype", "bf16", "--compile"], "--dtype, --compile cannot be used"),
+        (["--device", "cuda"], "--device cannot be used"),
+        (["--weights", "ema"], "--weights cannot be used"),
+        (["--guidance", "0.1"], "guidance compares"),
+        (["--engine", "native"], "is a GGUF file"),
+    ],
+)
+def test_options_that_do_not_go_with_llama_cpp_are_refused(path, capsys, options, message):
+    assert main(["generate", str(path), "add 7", *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_folder_is_no_gguf_file(tmp_path, capsys):
+    assert main(["generate", str(tmp_path), "add 7", "--engine", "llama.cpp"]) == 2
+    assert "Is a directory" in capsys.readouterr().err

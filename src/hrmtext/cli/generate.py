@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -25,13 +25,14 @@ def generate(
     seed: int = 0,
     compile: bool = False,
     weights: Literal["auto", "ema", "raw"] = "auto",
+    engine: Literal["auto", "native", "llama.cpp"] = "auto",
     device: str = "auto",
     dtype: str = "auto",
 ) -> int:
     """Answer prompts: given as arguments, as lines of a file, or on standard input.
 
     Args:
-        model: run folder, checkpoint or Hugging Face folder.
+        model: run folder, checkpoint, Hugging Face folder or GGUF file.
         prompts: the questions, one an argument.
         condition: direct, cot, noisy, synth, or several joined by commas (synth,cot).
         file: a text file with one prompt a line.
@@ -44,6 +45,7 @@ def generate(
         seed: seed of the draws.
         compile: compile the decode step; pays for many long answers of a small model.
         weights: averaged weights where present (auto), ema, or raw.
+        engine: llama.cpp runs GGUF files, under the prefix mask; native runs everything else.
         device: auto, cpu, cuda or cuda:N.
         dtype: auto, fp32, bf16 or fp16.
     """
@@ -59,21 +61,46 @@ def generate(
         if sys.stdin.isatty():
             raise DataError('no prompt given; write it behind the model, for example "12 + 7 ="')
         texts = sys.stdin.read().splitlines()
-    from hrmtext.api import load
+    sampling: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_k": top_k,
+        "top_p": top_p,
+        "num_samples": num_samples,
+        "guidance": guidance,
+        "seed": seed,
+    }
+    if engine == "auto":
+        engine = "llama.cpp" if model.suffix == ".gguf" else "native"
+    if engine == "llama.cpp":
+        _refuse_native_options(device=device, dtype=dtype, weights=weights, compile=compile)
+        from hrmtext.generate.llama_cpp import LlamaCppModel
 
-    text_model = load(model, device=device, dtype=dtype, weights=weights)
-    answers = text_model.generate(
-        texts,
-        condition=condition,
-        max_new_tokens=max_new_tokens,
-        temperature=temperature,
-        top_k=top_k,
-        top_p=top_p,
-        num_samples=num_samples,
-        guidance=guidance,
-        seed=seed,
-        compile=compile,
-    )
+        with LlamaCppModel(model) as llama:
+            answers = llama.generate(texts, condition=condition, **sampling)
+    else:
+        from hrmtext.api import load
+
+        text_model = load(model, device=device, dtype=dtype, weights=weights)
+        answers = text_model.generate(texts, condition=condition, compile=compile, **sampling)
     for answer in answers:
         print(answer)
     return 0
+
+
+def _refuse_native_options(*, device: str, dtype: str, weights: str, compile: bool) -> None:
+    """ConfigError for what a GGUF file has settled, or llama.cpp has not."""
+    from hrmtext.errors import ConfigError
+
+    given = {
+        "--device": device not in ("auto", "cpu"),
+        "--dtype": dtype != "auto",
+        "--weights": weights != "auto",
+        "--compile": compile,
+    }
+    wrong = [name for name, is_given in given.items() if is_given]
+    if wrong:
+        raise ConfigError(
+            f"{', '.join(wrong)} cannot be used with the engine llama.cpp: a GGUF file holds one "
+            "set of weights in its own number format, and it runs on the CPU"
+        )

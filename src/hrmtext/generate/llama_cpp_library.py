@@ -92,6 +92,8 @@ _MODEL_DEFAULTS = {
 
 _LOG_CALLBACK = ctypes.CFUNCTYPE(None, c_int32, c_char_p, ctypes.c_void_p)
 _ERROR_LEVEL = 4
+# The library keeps the address of a callback: it must outlive the object that made it.
+_callbacks: list[Any] = []
 
 _SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_backend_init": (None, []),
@@ -148,6 +150,7 @@ class Library:
             setattr(self, name, function)
         self.problems: list[str] = []
         self._log = _LOG_CALLBACK(self._remember)
+        _callbacks.append(self._log)
         self.llama_log_set(self._log, None)
         for params, expected in (
             (self.llama_context_default_params(), _CONTEXT_DEFAULTS),
