@@ -60,7 +60,7 @@ class DensePlan:
         options: dict[str, Any] | None = None,
     ) -> None:
         """`mask` is what `create_causal_mask` made for the implementation in `owner.config`."""
-        name = owner.config._attn_implementation
+        name = owner.config._attn_implementation or "eager"
         self.function = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager_attention)
         self.owner, self.mask, self.cache = owner, mask, cache
         self.weights: list[torch.Tensor] | None = [] if keep_weights else None

@@ -74,16 +74,26 @@ class HrmTextPreTrainedModel(PreTrainedModel):
         """transformers' `from_pretrained`; reads fused, split and sharded files.
 
         Raises:
-            CheckpointError: a tensor is missing (transformers would leave random weights in its
-                place) or is none of the model's.
+            CheckpointError: a tensor is missing or has another shape (transformers would leave
+                random weights in its place), or is none of the model's.
         """
         wants_info = kwargs.pop("output_loading_info", False)
+        resizes = kwargs.pop("ignore_mismatched_sizes", False)
         loaded: Any = super().from_pretrained(
-            pretrained_model_name_or_path, *args, output_loading_info=True, **kwargs
+            pretrained_model_name_or_path,
+            *args,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # so that the error below can name them
+            **kwargs,
         )
         model, info = loaded
         problems = [f"missing {name}" for name in sorted(info["missing_keys"])]
         problems += [f"unexpected {name}" for name in sorted(info["unexpected_keys"])]
+        if not resizes:
+            problems += [
+                f"{name} has shape {tuple(found)}, the config says {tuple(wanted)}"
+                for name, found, wanted in sorted(info["mismatched_keys"])
+            ]
         if problems:
             more = f"; and {len(problems) - 6} more" if len(problems) > 6 else ""
             raise CheckpointError(

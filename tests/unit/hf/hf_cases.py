@@ -11,12 +11,12 @@ VOCAB, PAD, END = 61, 0, 3
 
 def small_config(**changes) -> HrmTextConfig:
     """Two layers a stack, 2 x 2 cycles: 12 KV slots."""
-    values = dict(
-        vocab_size=VOCAB, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-        num_attention_heads=2, head_dim=16, H_cycles=2, L_cycles=2, L_bp_cycles=[1, 2],
-        max_position_embeddings=128, pad_token_id=PAD, bos_token_id=1, eos_token_id=END,
-        initializer_range=0.2,
-    )  # fmt: skip
+    values = {
+        "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 2, "head_dim": 16, "H_cycles": 2, "L_cycles": 2,
+        "L_bp_cycles": [1, 2], "max_position_embeddings": 128, "pad_token_id": PAD,
+        "bos_token_id": 1, "eos_token_id": END, "initializer_range": 0.2,
+    }  # fmt: skip
     return HrmTextConfig(**values | changes)
 
 
