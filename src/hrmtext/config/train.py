@@ -13,8 +13,9 @@ from hrmtext.config.model import PRESETS, ModelConfig
 from hrmtext.errors import ConfigError
 
 HARMLESS_KEYS = frozenset({
-    "max_minutes", "attention", "compile", "loss_chunk_bytes", "checkpoint_every", "keep_last",
-    "keep_every", "validate_every", "validation_rows", "log_every", "tensorboard",
+    "max_minutes", "attention", "compile", "loss_chunk_bytes", "activation_checkpointing",
+    "checkpoint_every", "keep_last", "keep_every", "validate_every", "validation_rows",
+    "log_every", "tensorboard",
 })  # fmt: skip
 """Keys that may change between a checkpoint and its resumption: none alters what is computed."""
 
@@ -96,6 +97,10 @@ class TrainConfig:
     """Compile the blocks of the model; auto: on CUDA with `pad_bins`."""
     loss_chunk_bytes: int = 268_435_456
     """Logits are computed for so many rows at a time that their fp32 form stays below this."""
+
+    activation_checkpointing: Literal["none", "L", "all"] = "none"
+    """Blocks that keep only their input and run again in the backward pass: of the L stack, or of
+    both. Less memory, the same gradients; each such call costs a second forward pass."""
 
     checkpoint_every: int = 1_000
     """Steps between checkpoints; one is also written at the end and at Ctrl-C or SIGTERM."""

@@ -37,6 +37,7 @@ class Recurrence(nn.Module):
         plan: AttentionPlan,
         depth: Depth | None = None,
         select: torch.Tensor | None = None,
+        call_block: BlockCall | None = None,
     ) -> list[torch.Tensor]:
         """z_H after every H cycle.
 
@@ -44,12 +45,13 @@ class Recurrence(nn.Module):
             tokens: (T) int64. positions: (T) int64, from 0 in every row.
             depth: cycles to run and which calls carry gradient; None: as configured, all of them.
             select: (S) stream indices whose output is wanted; None: all.
+            call_block: calls the blocks, for activation checkpointing; None: plainly.
 
         Returns:
             One (T, D) tensor a cycle, the last being the output: (S, D) of the selected tokens.
         """
         embedded = self.embed_tokens(tokens)
-        return recur(self, self.config, embedded, positions, plan, depth, select)
+        return recur(self, self.config, embedded, positions, plan, depth, select, call_block)
 
 
 class Stacks(Protocol):
@@ -74,8 +76,7 @@ def recur(
 
     Args:
         embedded: (T, D), not yet scaled. positions: (T) int64.
-        depth, select: as in `Recurrence.forward`; `select` needs a packed stream.
-        call_block: calls the blocks, for activation checkpointing; None: plainly.
+        depth, select, call_block: as in `Recurrence.forward`; `select` needs a packed stream.
 
     Raises:
         ConfigError: more cycles than the model has KV slots for.

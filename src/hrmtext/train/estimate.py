@@ -22,6 +22,7 @@ from hrmtext.train.metrics import peak_flops
 from hrmtext.train.optim import AdamAtan2
 from hrmtext.train.precision import ComputeModel
 from hrmtext.train.progress import format_time
+from hrmtext.train.recompute import Recomputed
 from hrmtext.train.schedule import depth_at
 from hrmtext.train.source import DataSource
 from hrmtext.train.step import TrainStep
@@ -183,23 +184,37 @@ def estimate_memory(
         ema=4 * stored,
         gradients=4 * stored,
         compute_copy=2 * 2 * stored if is_copy else 0,
-        activations=int(activation_bytes(model, depth, dtype) * tokens),
+        activations=int(
+            activation_bytes(model, depth, dtype, config.activation_checkpointing) * tokens
+        ),
         logits=int(chunk * (2.5 if is_copy else 2)) + 4 * model.vocab_size * model.hidden_size,
     )
 
 
-def activation_bytes(model: ModelConfig, depth: Depth, dtype: torch.dtype) -> float:
+def activation_bytes(
+    model: ModelConfig, depth: Depth, dtype: torch.dtype, recomputed: Recomputed = "none"
+) -> float:
     """Bytes a token saved for the backward pass by eager blocks, without attention's mask.
 
     A block keeps, with width D, attention width A and SwiGLU width M: the fp32 input (D) and the
     output (D) of two RMSNorms; queries, keys, values and output of the attention, its output in
     stream order, the gate's sigmoid and the gated product (7 A); gate, up, silu and product (4 M).
+    A block that is recomputed keeps its input, and one of them at a time the rest.
     """
     width, attention, mlp = model.hidden_size, model.attention_size, model.mlp_size
     size = 2 if dtype == torch.bfloat16 else 4
     norm = (4 + size) * width
     block = 2 * norm + size * (7 * attention + 4 * mlp)
-    return depth.num_gradient_calls * (model.num_layers_per_stack * block + norm)
+    layers = model.num_layers_per_stack
+    calls_H = sum(depth.carries_gradient[depth.L_cycles :: depth.L_cycles + 1])
+    calls_L = depth.num_gradient_calls - calls_H
+    kept = {"none": calls_H + calls_L, "L": calls_H, "all": 0}[recomputed]
+    again = depth.num_gradient_calls - kept
+    return (
+        depth.num_gradient_calls * norm
+        + layers * (kept * block + again * size * width)
+        + (block if again else 0)
+    )
 
 
 def _mean_flops(

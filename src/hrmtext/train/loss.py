@@ -13,6 +13,7 @@ import torch
 from hrmtext.batch import PackedBatch
 from hrmtext.model import AttentionPlan, HrmLM, make_plan
 from hrmtext.model.depth import Depth
+from hrmtext.model.layers import BlockCall
 
 NUM_SUMS = 4
 """Numbers that `step_sums` gives."""
@@ -43,12 +44,14 @@ class Microbatch:
         device: torch.device,
         dtype: torch.dtype,
         backend: str = "auto",
+        head_dim: int | None = None,
     ) -> Microbatch:
         """Move `batch` (on the CPU) to `device` and plan its attention.
 
         Args:
             dtype: number format of the forward pass.
             backend: attention backend.
+            head_dim: width of the model's heads, by which `auto` chooses.
         """
         # Indices are found on the host: `nonzero` on a GPU would wait for all queued work.
         select = batch.supervised()
@@ -62,7 +65,9 @@ class Microbatch:
             labels=send(batch.labels[select]),
             row_of=send(rows[select]),
             num_rows=len(lengths),
-            plan=make_plan(batch.layout, device=device, dtype=dtype, backend=backend),
+            plan=make_plan(
+                batch.layout, device=device, dtype=dtype, backend=backend, head_dim=head_dim
+            ),
         )
 
 
@@ -151,10 +156,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
 
 
 def forward_loss(
-    model: HrmLM, batch: Microbatch, *, depth: Depth | None, scale: float, chunk_bytes: int
+    model: HrmLM,
+    batch: Microbatch,
+    *,
+    depth: Depth | None,
+    scale: float,
+    chunk_bytes: int,
+    call_block: BlockCall | None = None,
 ) -> TokenLoss:
-    """The loss of one microbatch: only the supervised tokens reach the head."""
-    states = model.model(batch.tokens, batch.positions, batch.plan, depth, batch.select)
+    """The loss of one microbatch: only the supervised tokens reach the head.
+
+    `call_block`: see `train.recompute`.
+    """
+    states = model.model(batch.tokens, batch.positions, batch.plan, depth, batch.select, call_block)
     return cross_entropy(
         states[-1], model.lm_head.weight, batch.labels, scale=scale, chunk_bytes=chunk_bytes
     )

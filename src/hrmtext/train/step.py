@@ -15,6 +15,7 @@ from hrmtext.train.loss import NUM_SUMS, Microbatch, forward_loss, step_sums
 from hrmtext.train.optim import AdamAtan2
 from hrmtext.train.parallel import sum_gradients
 from hrmtext.train.precision import ComputeModel
+from hrmtext.train.recompute import recomputing
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +38,7 @@ class TrainStep:
         self.optimizer = optimizer
         self.config = config
         self.device = device
+        self.call_block = recomputing(compute.module, config.activation_checkpointing)
         self._parameters = list(compute.master.parameters())
 
     def run(self, batch: GlobalBatch, *, depth: Depth, lr: float, step: int) -> StepResult:
@@ -69,6 +71,7 @@ class TrainStep:
                 device=self.device,
                 dtype=self.compute.dtype,
                 backend=self.config.attention,
+                head_dim=self.compute.module.config.head_dim,
             )
             loss = forward_loss(
                 self.compute.module,
@@ -76,6 +79,7 @@ class TrainStep:
                 depth=depth,
                 scale=scale,
                 chunk_bytes=self.config.loss_chunk_bytes,
+                call_block=self.call_block,
             )
             loss.total.backward()
             self.compute.collect_gradients()

@@ -40,7 +40,13 @@ def validate(
     sums = torch.zeros(len(groups), _NUM_COLUMNS, dtype=torch.float64)
     by_cycle = torch.zeros(model.config.H_cycles, dtype=torch.float64)
     for batch in batches[dist.rank() :: dist.world_size()]:
-        micro = Microbatch.prepare(batch.batch, device=device, dtype=dtype, backend=backend)
+        micro = Microbatch.prepare(
+            batch.batch,
+            device=device,
+            dtype=dtype,
+            backend=backend,
+            head_dim=model.config.head_dim,
+        )
         rows, cycles = _score(model, micro, chunk_bytes)
         by_cycle += cycles
         for kind, names in (("condition", batch.conditions), ("stratum", batch.strata)):
