@@ -133,7 +133,11 @@ def prefill(
         lengths, lengths if model.config.prefix_lm else [0] * len(lengths)
     )
     attention = make_plan(
-        layout, device=device, dtype=model.lm_head.weight.dtype, backend=settings.backend
+        layout,
+        device=device,
+        dtype=model.lm_head.weight.dtype,
+        backend=settings.backend,
+        head_dim=model.config.head_dim,
     )
     plan = cache.prefill(layout, attention)
     tokens = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])

@@ -246,7 +246,13 @@ class TextModel:
             raise DataError(f"{len(ids)} tokens, but max_seq_len is {self.config.max_seq_len}")
         prefix = len(prompt_ids) if self.config.prefix_lm else 0
         layout = RowLayout.from_prefixes([len(ids)], [prefix])
-        plan = make_plan(layout, device=self.device, dtype=self.dtype, backend=backend)
+        plan = make_plan(
+            layout,
+            device=self.device,
+            dtype=self.dtype,
+            backend=backend,
+            head_dim=self.config.head_dim,
+        )
         tokens = torch.tensor(ids, device=self.device)
         positions = torch.arange(len(ids), device=self.device)
         return run_model(

@@ -8,10 +8,10 @@ from model_helpers import gradients, model_in, random_rows, run, run_layout
 
 from hrmtext.batch import RowLayout
 from hrmtext.model import Depth
-from hrmtext.model.attention import BACKENDS
+from hrmtext.model.attention.api import ON_EVERY_DEVICE
 from hrmtext.model.attention.reference import dense_mask
 
-BOTH = pytest.mark.parametrize("backend", list(BACKENDS))
+EACH = pytest.mark.parametrize("backend", ON_EVERY_DEVICE)
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
 
 
@@ -23,7 +23,7 @@ def by_row(tensor, rows):
     return tensor.split([len(row) for row in rows])
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("seed", range(4))
 def test_packed_rows_equal_separate_rows_in_outputs_and_gradients(backend, seed):
     model = model_in()
@@ -45,7 +45,7 @@ def test_packed_rows_equal_separate_rows_in_outputs_and_gradients(backend, seed)
         torch.testing.assert_close(packed_gradients[name], grad, **TOLERANCE)
 
 
-@BOTH
+@EACH
 def test_a_changed_row_moves_no_other_row(backend):
     model = model_in()
     rows = random_rows(5, 11, model.config)
@@ -58,7 +58,7 @@ def test_a_changed_row_moves_no_other_row(backend):
     assert bool(((before[2] - after[2]).abs().amax(1) > 1e-6).all())
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("at", [6, 9, 13])
 def test_a_changed_response_token_moves_no_earlier_logit_and_all_later_ones(backend, at):
     model, row, prefix = model_in(), list(range(10, 24)), 6
@@ -69,7 +69,7 @@ def test_a_changed_response_token_moves_no_earlier_logit_and_all_later_ones(back
     assert float(moved[at:].min()) > 1e-6
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("at", [0, 3, 5])
 def test_a_changed_prompt_token_moves_every_logit_of_its_row(backend, at):
     model, row, prefix = model_in(), list(range(10, 24)), 6
@@ -79,7 +79,7 @@ def test_a_changed_prompt_token_moves_every_logit_of_its_row(backend, at):
     assert float(moved.min()) > 1e-6
 
 
-@BOTH
+@EACH
 @pytest.mark.parametrize("prefix", [0, 1])
 def test_a_row_without_a_longer_prefix_is_causal(backend, prefix):
     model, row = model_in(), list(range(10, 20))
@@ -89,7 +89,7 @@ def test_a_row_without_a_longer_prefix_is_causal(backend, prefix):
     assert float(moved[:4].max()) <= 1e-12 and float(moved[4:].min()) > 1e-6
 
 
-@BOTH
+@EACH
 def test_padding_behind_the_rows_changes_nothing(backend):
     model = model_in()
     rows = random_rows(4, 3, model.config)
@@ -129,7 +129,7 @@ def test_the_dense_mask_is_the_rule_of_the_project():
             assert bool(mask[i, j]) == (row_i == row_j and (at_j <= at_i or same_block))
 
 
-@BOTH
+@EACH
 def test_a_chat_row_sees_each_user_turn_whole_and_nothing_later(backend):
     model = model_in()
     row = list(range(20, 34))
