@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -53,14 +54,19 @@ class StoredModel:
     parts: dict[str, list[tuple[TensorStore, str]]] = dataclasses.field(repr=False)
     """Our name -> stores and outside names that hold its rows in order."""
 
+    @functools.cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors by `HrmLM`'s names, in the order of its state dict."""
+        return tensor_shapes(self.config)
+
     def names(self) -> list[str]:
         """`HrmLM`'s names of all tensors, in the order of its state dict."""
-        return list(tensor_shapes(self.config))
+        return list(self.shapes)
 
     def entry(self, name: str) -> Entry:
         """Dtype and shape of a tensor, without reading it."""
         store, outside = self.parts[name][0]
-        return Entry(store.entries[outside].dtype, tensor_shapes(self.config)[name])
+        return Entry(store.entries[outside].dtype, self.shapes[name])
 
     @property
     def dtype(self) -> torch.dtype:

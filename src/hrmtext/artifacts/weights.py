@@ -53,9 +53,7 @@ def save_model(
     """
     folder = Path(folder)
     _check_tensors(config, weights, f"weights for {folder.name}")
-    fields = {name: to_mapping(config)[name] for name in ModelConfig.__dataclass_fields__}
-    text = yaml.safe_dump({"format_version": FORMAT_VERSION, "model": fields}, sort_keys=False)
-    write_text(folder / CONFIG_FILE, text)
+    write_text(folder / CONFIG_FILE, config_text(config))
     write_tensors(folder / WEIGHTS_FILE, weights)
     if ema is not None:
         _check_tensors(config, ema, f"EMA weights for {folder.name}")
@@ -67,6 +65,12 @@ def save_model(
                 if not source.is_file():
                     raise CheckpointError(f"no {name} in the tokenizer folder {tokenizer_folder}")
                 shutil.copyfile(source, folder / name)
+
+
+def config_text(config: ModelConfig) -> str:
+    """The content of model.yaml."""
+    fields = {name: to_mapping(config)[name] for name in ModelConfig.__dataclass_fields__}
+    return yaml.safe_dump({"format_version": FORMAT_VERSION, "model": fields}, sort_keys=False)
 
 
 def read_config(folder: str | Path) -> ModelConfig:

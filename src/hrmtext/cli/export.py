@@ -31,11 +31,9 @@ def export(
         dtype: number format of the written weights.
         weights: averaged weights where present (auto), ema, or raw.
     """
-    from hrmtext.api import load
     from hrmtext.convert import export_hf
 
-    source = load(model, device="cpu", dtype="fp32", weights=weights)
-    print(describe_export(export_hf(source, out, layout=layout, dtype=dtype)))
+    print(describe_export(export_hf(model, out, layout=layout, dtype=dtype, weights=weights)))
     return 0
 
 

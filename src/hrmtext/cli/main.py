@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 
 from hrmtext import __version__
-from hrmtext.cli import data, evaluate, export, generate, info, quickstart, train
+from hrmtext.cli import convert, data, evaluate, export, generate, info, quickstart, train
 from hrmtext.errors import HrmTextError, TrainingInterrupted
 
 VERBS: dict[str, Callable[..., Any]] = {
@@ -20,6 +20,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "eval": evaluate.evaluate,
     "generate": generate.generate,
     "export": export.export,
+    "convert": convert.convert,
     "info": info.info,
 }
 DATA_VERBS: dict[str, Callable[..., Any]] = {

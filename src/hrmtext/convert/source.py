@@ -3,20 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
 
 from hrmtext.artifacts.hub import local_path
 from hrmtext.artifacts.opening import open_stored
-from hrmtext.artifacts.stored import StoredModel
+from hrmtext.artifacts.safetensors_file import Entry
+from hrmtext.artifacts.stored import StoredModel, fit
+from hrmtext.artifacts.upstream import upstream_root
 from hrmtext.data.tokenizer import PromptTokenizer
+from hrmtext.generate.runner import TextModel
 
 
 @dataclasses.dataclass
 class Source(StoredModel):
     """An opened model with its tokenizer."""
 
+    held_tokenizer: PromptTokenizer | None = None
+    """Of a model that lies in memory."""
+
+    @property
+    def root(self) -> Path:
+        """The folder that a user names: of public training checkpoints, that around the epoch."""
+        return upstream_root(self.folder) if self.kind == "upstream" else self.folder
+
     def tokenizer(self) -> PromptTokenizer | None:
         """The tokenizer beside the weights; None where there is none."""
+        if self.held_tokenizer is not None:
+            return self.held_tokenizer
         if self.tokenizer_folder is None:
             return None
         return PromptTokenizer.load(self.tokenizer_folder)
@@ -31,6 +47,35 @@ class Source(StoredModel):
             "eos_token_id": tokenizer.eos_id,
             "pad_token_id": tokenizer.pad_id,
         }
+
+
+class _InMemory:
+    """The tensors of a loaded model, as a store."""
+
+    def __init__(self, state: Mapping[str, torch.Tensor]) -> None:
+        self.state = state
+        self.entries = {n: Entry(t.dtype, tuple(t.shape)) for n, t in state.items()}
+
+    def read(self, name: str, out: torch.Tensor | None = None) -> torch.Tensor:
+        tensor = self.state[name].detach().cpu()
+        return tensor if out is None else out.copy_(tensor)
+
+
+def source_of(model: TextModel) -> Source:
+    """A loaded model as a source."""
+    store = _InMemory(model.model.state_dict())
+    return Source(
+        kind="memory",
+        folder=Path("(memory)"),
+        config=model.config,
+        weights="only",
+        alternatives=("only",),
+        tokenizer_folder=None,
+        gradient_routing=None,
+        token_ids={},
+        parts=fit(model.config, [store], ("fused",), "the model"),
+        held_tokenizer=model.tokenizer,
+    )
 
 
 def open_source(

@@ -1,20 +1,29 @@
-"""The check behind every export: transformers' logits against ours, on fixed prompts, in fp32."""
+"""The gate behind every conversion: the target's own reader against the source, on fixed prompts.
+
+Both sides compute in fp32 whatever the number format of their weights, which are widened one matrix
+at a time. The source's logits come first and its model is gone before the target's is loaded.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+import gc
+import math
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
+from hrmtext.artifacts.opening import open_stored
 from hrmtext.batch import RowLayout
-from hrmtext.data.tokenizer import BEGIN, CONDITIONS, PROMPT_END
+from hrmtext.convert.write import CastReader
+from hrmtext.data.tokenizer import BEGIN, CONDITIONS, PROMPT_END, PromptTokenizer
 from hrmtext.errors import CheckpointError
-from hrmtext.generate.runner import TextModel
-from hrmtext.model import make_plan
+from hrmtext.model import HrmLM, make_plan
+from hrmtext.runtime.memory import release_free_memory
 
 PROMPTS = (
     ("direct", "What is 12 + 30?"),
@@ -23,83 +32,224 @@ PROMPTS = (
 )
 """Condition and text; different lengths, characters beyond ASCII, a line end."""
 
+LENGTHS_WITHOUT_TOKENIZER = (9, 17, 30)
+
 BUDGET = 2e-4
 """Largest difference of two fp32 runs, as a share of the largest logit.
 
 A wrong mask or a swapped matrix gives 1e-2 and more.
 """
+KL_BUDGET = 1e-6
+"""Largest mean Kullback-Leibler divergence in nats; it is quadratic in the differences above."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Logits:
+    """What one side computes for the probe rows: (T, V) fp32 over all rows, on the CPU."""
+
+    prefix: torch.Tensor
+    """Under the prefix mask, the whole row being the prompt."""
+    causal: torch.Tensor
 
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """How far transformers' logits are from ours."""
+    """How far the target's logits are from the source's."""
 
     max_difference: float
-    """Largest absolute difference under the prefix mask (token_type_ids from the tokenizer)."""
+    """Largest absolute difference under the prefix mask."""
     max_difference_causal: float
-    """The same without token_type_ids: everything causal."""
+    """The same with everything causal."""
     argmax_agreement: float
     """Share of positions whose most probable token is the same, under the prefix mask."""
+    argmax_agreement_causal: float
+    kl: float
+    """Mean divergence in nats of the target's distribution, under the prefix mask."""
+    kl_causal: float
     largest_logit: float
     num_positions: int
 
 
-@torch.inference_mode()
-def compare_with_transformers(ours: TextModel, folder: Path) -> Comparison:
-    """Compare `ours` (fp32) with what transformers loads from `folder`.
+def probe_rows(tokenizer: PromptTokenizer | None, vocab_size: int, longest: int) -> list[list[int]]:
+    """Token ids of the fixed prompts, cut to `longest`; spread over the vocabulary without one."""
+    if tokenizer is not None:
+        rows = [tokenizer.encode_prompt(text, condition) for condition, text in PROMPTS]
+    else:
+        rows = [
+            [(7 + 7919 * (position + 31 * length)) % vocab_size for position in range(length)]
+            for length in LENGTHS_WITHOUT_TOKENIZER
+        ]
+    return [row[:longest] for row in rows]
+
+
+def our_logits(model: HrmLM, rows: Sequence[Sequence[int]]) -> Logits:
+    """Logits of our implementation, all rows and both masks in one packed pass."""
+    lengths = [len(row) for row in rows]
+    prefixes = lengths if model.config.prefix_lm else [0] * len(rows)
+    layout = RowLayout.from_prefixes([*lengths, *lengths], [*prefixes, *[0] * len(rows)])
+    device = model.lm_head.weight.device
+    plan = make_plan(layout, device=device, dtype=torch.float32)
+    tokens = torch.tensor([token for row in (*rows, *rows) for token in row], device=device)
+    positions = torch.cat([torch.arange(length, device=device) for length in (*lengths, *lengths)])
+    with torch.no_grad(), computing_in_fp32(model):
+        found = model(tokens, positions, plan).logits[: 2 * sum(lengths)].cpu()
+    return Logits(*found.float().chunk(2))
+
+
+def transformers_logits(folder: Path, rows: Sequence[Sequence[int]], dtype: torch.dtype) -> Logits:
+    """Logits of transformers' own classes, loaded from `folder` in the file's number format.
 
     Raises:
-        CheckpointError: transformers cannot load the folder, its tokenizer gives other ids or no
-            prefix mask, or the logits differ beyond the budget.
+        CheckpointError: transformers cannot load the folder.
     """
-    model, tokenizer = _load_with_transformers(folder)
-    differences, causal_differences, agreements, largest = [], [], [], 0.0
-    for condition, text in PROMPTS:
-        ids = ours.tokenizer.encode_prompt(text, condition)
-        encoded = _encode(tokenizer, condition, text)
-        if encoded["input_ids"][0].tolist() != ids:
-            raise CheckpointError("the exported tokenizer gives other ids than ours")
-        if encoded.get("token_type_ids") is None or not bool(
-            (encoded["token_type_ids"] == 1).all()
-        ):
-            raise CheckpointError("the exported tokenizer does not mark the prompt as a prefix")
-        theirs = model(**encoded).logits[0]
-        expected = ours.logits(text, condition=condition)
-        differences.append(float((theirs - expected).abs().max()))
-        agreements.append((theirs.argmax(-1) == expected.argmax(-1)).float())
-        largest = max(largest, float(expected.abs().max()))
-        causal = model(input_ids=encoded["input_ids"]).logits[0]
-        causal_differences.append(float((causal - _causal_logits(ours, ids)).abs().max()))
-    agreement = torch.cat(agreements)
-    result = Comparison(
-        max_difference=max(differences),
-        max_difference_causal=max(causal_differences),
-        argmax_agreement=float(agreement.mean()),
-        largest_logit=largest,
-        num_positions=len(agreement),
+    from transformers import AutoModelForCausalLM
+
+    with _explained(), _quiet():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    width = max(map(len, rows))
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for index, row in enumerate(rows):
+        ids[index, width - len(row) :] = torch.tensor(row)
+        mask[index, width - len(row) :] = 1
+    kept = mask.bool()
+    given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
+    with torch.no_grad(), computing_in_fp32(model):
+        causal = model(**given).logits[kept]
+        prefix = causal
+        if model.config.prefix_lm:
+            prefix = model(**given, token_type_ids=mask).logits[kept]
+    return Logits(prefix.float(), causal.float())
+
+
+def compare(expected: Logits, found: Logits) -> Comparison:
+    """Differences of two sides; nothing is judged."""
+    prefix, causal = (
+        _differences(a, b)
+        for a, b in ((expected.prefix, found.prefix), (expected.causal, found.causal))
     )
-    for kind, found in (
-        ("under the prefix mask", result.max_difference),
-        ("without it", result.max_difference_causal),
+    return Comparison(
+        max_difference=prefix[0],
+        max_difference_causal=causal[0],
+        argmax_agreement=prefix[1],
+        argmax_agreement_causal=causal[1],
+        kl=prefix[2],
+        kl_causal=causal[2],
+        largest_logit=float(expected.prefix.abs().max()),
+        num_positions=len(expected.prefix),
+    )
+
+
+def require_within_budget(comparison: Comparison, reader: str) -> None:
+    """CheckpointError where the target computes something else than the source."""
+    budget = BUDGET * comparison.largest_logit
+    for kind, difference, kl in (
+        ("under the prefix mask", comparison.max_difference, comparison.kl),
+        ("without it", comparison.max_difference_causal, comparison.kl_causal),
     ):
-        if not found <= BUDGET * largest:
+        if not (difference <= budget and kl <= KL_BUDGET):
             raise CheckpointError(
-                f"transformers' logits differ from ours by {found:.2e} {kind}, expected at most "
-                f"{BUDGET * largest:.2e}; the export was not kept"
+                f"{reader}' logits differ from the source's by {difference:.2e} {kind} (KL "
+                f"{kl:.1e}), expected at most {budget:.2e} (KL {KL_BUDGET:.0e}); what was written "
+                "is not kept"
             )
-    return result
 
 
-def _load_with_transformers(folder: Path) -> tuple[Any, Any]:
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+def require_equal_content(reader: CastReader, folder: Path) -> None:
+    """Read back what was written: the same shape of model, and tensor by tensor the same bits.
 
+    Raises:
+        CheckpointError: the shape or a tensor differs, or tensors do not fit.
+    """
+    written = open_stored(folder)
+    shapes = [config.canonical() for config in (reader.source.config, written.config)]
+    # Forms that state the inverse of the scale may lose its last bit.
+    if shapes[0].with_changes(embedding_scale=shapes[1].embedding_scale) != shapes[1] or (
+        not math.isclose(shapes[0].scale, shapes[1].scale, rel_tol=1e-15)
+    ):
+        raise CheckpointError(
+            f"the config read back is {shapes[1]}, the source's is {shapes[0]}; what was written "
+            "is not kept"
+        )
+    names = reader.source.names()
+    for done, name in enumerate(names, start=1):
+        meant, found = reader.tensor(name), written.tensor(name)
+        if meant.dtype != found.dtype or not torch.equal(_bits(meant), _bits(found)):
+            raise CheckpointError(f"{name} read back differs from what was written")
+        if reader.progress is not None:
+            reader.progress("reading back", done, len(names))
+
+
+def require_same_tokenizer(tokenizer: PromptTokenizer, folder: Path) -> None:
+    """Prove that transformers' tokenizer gives our prompts and marks them as a prefix.
+
+    Raises:
+        CheckpointError: other ids, or token_type_ids that are missing or not all 1.
+    """
+    from transformers import AutoTokenizer
+
+    with _explained(), _quiet():
+        theirs: Any = AutoTokenizer.from_pretrained(folder)
+    for condition, text in PROMPTS:
+        head = BEGIN + "".join(CONDITIONS[name] for name in condition.split(","))
+        encoded = theirs(head + text + PROMPT_END)
+        if list(encoded["input_ids"]) != tokenizer.encode_prompt(text, condition):
+            raise CheckpointError("the exported tokenizer gives other ids than ours")
+        if set(encoded.get("token_type_ids") or ()) != {1}:
+            raise CheckpointError("the exported tokenizer does not mark the prompt as a prefix")
+
+
+@contextlib.contextmanager
+def computing_in_fp32(model: nn.Module) -> Iterator[None]:
+    """Widen every matrix to fp32 while it is in use: exactly the fp32 model, in little memory."""
+    narrow: dict[Any, torch.Tensor] = {}
+
+    def widen(module: Any, _: Any) -> None:
+        narrow[module] = module.weight.data
+        module.weight.data = module.weight.data.float()
+
+    def restore(module: Any, _: Any, __: Any) -> None:
+        module.weight.data = narrow.pop(module)
+
+    handles = []
+    for module in model.modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and module.weight.dtype != torch.float32:
+            handles += [
+                module.register_forward_pre_hook(widen),
+                module.register_forward_hook(restore),
+            ]
     try:
-        with _quiet():
-            model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-            tokenizer = AutoTokenizer.from_pretrained(folder)
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def forget() -> None:
+    """Give the memory of a dropped model back before the next one is loaded."""
+    gc.collect()
+    release_free_memory()
+
+
+def _differences(expected: torch.Tensor, found: torch.Tensor) -> tuple[float, float, float]:
+    """Largest absolute difference, argmax agreement, mean KL divergence."""
+    agreement = (expected.argmax(-1) == found.argmax(-1)).float().mean()
+    reference, other = expected.double().log_softmax(-1), found.double().log_softmax(-1)
+    kl = (reference.exp() * (reference - other)).sum(-1).mean()
+    return float((expected - found).abs().max()), float(agreement), float(kl)
+
+
+def _bits(tensor: torch.Tensor) -> torch.Tensor:
+    """The bytes: unlike values, equal for the same NaN and different for 0 and -0."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+@contextlib.contextmanager
+def _explained() -> Iterator[None]:
+    try:
+        yield
     except (ValueError, OSError, RuntimeError, KeyError) as error:
-        raise CheckpointError(f"transformers cannot load the export: {error}") from error
-    return model.eval(), tokenizer
+        raise CheckpointError(f"transformers cannot load what was written: {error}") from error
 
 
 @contextlib.contextmanager
@@ -114,15 +264,3 @@ def _quiet() -> Iterator[None]:
     finally:
         if shown:
             logging.enable_progress_bar()
-
-
-def _encode(tokenizer: Any, condition: str, text: str) -> dict[str, torch.Tensor]:
-    head = BEGIN + "".join(CONDITIONS[name] for name in condition.split(","))
-    return dict(tokenizer(head + text + PROMPT_END, return_tensors="pt"))
-
-
-def _causal_logits(ours: TextModel, ids: list[int]) -> torch.Tensor:
-    layout = RowLayout.from_prefixes([len(ids)], [0])
-    plan = make_plan(layout, device=ours.device, dtype=ours.dtype)
-    tokens = torch.tensor(ids, device=ours.device)
-    return ours.model(tokens, torch.arange(len(ids), device=ours.device), plan).logits

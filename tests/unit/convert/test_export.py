@@ -3,7 +3,6 @@
 import json
 import subprocess
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,8 @@ import hrmtext
 from hrmtext.artifacts import hf_folder
 from hrmtext.config.generate import GenerateConfig
 from hrmtext.convert import export_hf
-from hrmtext.convert import hf as hf_module
+from hrmtext.convert import run as run_module
+from hrmtext.convert import write as write_module
 from hrmtext.errors import CheckpointError, ConfigError, StorageError
 from hrmtext.generate import load
 
@@ -100,16 +100,16 @@ def test_a_native_folder_exports_its_ema_and_reads_back(tmp_path):
         assert torch.equal(found.logits(PROMPTS[0]), expected.logits(PROMPTS[0]))
 
 
-def test_an_export_that_computes_something_else_leaves_nothing_behind(tmp_path, monkeypatch):
-    real = hf_folder.to_split
+def test_an_export_with_other_tensors_leaves_nothing_behind(tmp_path, monkeypatch):
+    real = write_module.place_of
 
-    def swapped(state):
-        found = real(state)
-        q, k = (f"model.L_module.layers.0.self_attn.{n}_proj.weight" for n in "qk")
-        found[q], found[k] = found[k], found[q]
-        return found
+    def swapped(name, form):
+        for one, other in (("q_proj", "k_proj"), ("k_proj", "q_proj")):
+            if one in name:
+                return real(name.replace(one, other), form)
+        return real(name, form)
 
-    monkeypatch.setattr(hf_module, "to_split", swapped)
+    monkeypatch.setattr(write_module, "place_of", swapped)
     with pytest.raises(CheckpointError, match="differs from what was written"):
         export_hf(tiny(), tmp_path / "out", layout="split")
     assert list(tmp_path.iterdir()) == []
@@ -119,9 +119,9 @@ def test_an_export_that_computes_something_else_leaves_nothing_behind(tmp_path, 
     ("key", "value"), [("rope_parameters", {"rope_type": "default", "rope_theta": 50.0}),
                        ("embedding_scale", 5.0), ("prefix_lm", False), ("L_cycles", 2)],
 )  # fmt: skip
-def test_a_wrong_value_in_the_config_is_found_by_the_comparison(tmp_path, monkeypatch, key, value):
-    model = tiny()
-    real = hf_module.to_hf_config
+def test_a_wrong_value_in_the_config_is_found_twice(tmp_path, monkeypatch, key, value):
+    """By reading the config back, and without that by the logits."""
+    real = hf_folder.to_hf_config
 
     def wrong(*args, **kwargs):
         found = real(*args, **kwargs) | {key: value}
@@ -129,12 +129,12 @@ def test_a_wrong_value_in_the_config_is_found_by_the_comparison(tmp_path, monkey
             found["num_hidden_layers"] = 2 * 2 * (value + 1)
         return found
 
-    monkeypatch.setattr(hf_module, "to_hf_config", wrong)
-    # Our own reader would be misled by the same file: compare with the model itself.
-    honest = SimpleNamespace(load_model=lambda dtype: model.model)
-    monkeypatch.setattr(hf_module, "open_stored", lambda folder: honest)
+    monkeypatch.setattr(hf_folder, "to_hf_config", wrong)
+    with pytest.raises(CheckpointError, match="config read back"):
+        export_hf(tiny(), tmp_path / "out")
+    monkeypatch.setattr(run_module, "require_equal_content", lambda reader, folder: None)
     with pytest.raises(CheckpointError, match="transformers' logits differ"):
-        export_hf(model, tmp_path / "out")
+        export_hf(tiny(), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 
 
