@@ -35,11 +35,10 @@ def train(
         dry_run: print config, parameters, FLOPs, memory and expected time, then stop.
         measure: with --dry-run, time a few real steps on this machine.
     """
-    from hrmtext.config.base import load
-    from hrmtext.config.train import TrainConfig
     from hrmtext.errors import ConfigError
+    from hrmtext.train.start import load_config
 
-    settings = load(TrainConfig, config, overrides)
+    settings = load_config(config, overrides)
     if dry_run:
         from hrmtext.runtime.device import pick_device
         from hrmtext.train.estimate import estimate

@@ -59,6 +59,16 @@ def load(cls: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -
     Raises:
         ConfigError: file missing or not YAML, an override without `=`, or anything `build` refuses.
     """
+    values = read_values(path, overrides)
+    return build(cls, values, where=str(path) if path is not None else "overrides")
+
+
+def read_values(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """The plain values that `load` builds from: a YAML file's, and the overrides laid over them.
+
+    Raises:
+        ConfigError: file missing or not YAML, or an override without `=`.
+    """
     values: dict[str, Any] = read_yaml(path) if path is not None else {}
     for override in overrides:
         key, separator, text = override.partition("=")
@@ -74,7 +84,7 @@ def load(cls: type[T], path: str | Path | None, overrides: Sequence[str] = ()) -
                 raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
             node = child
         node[leaf] = yaml.safe_load(text)
-    return build(cls, values, where=str(path) if path is not None else "overrides")
+    return values
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:

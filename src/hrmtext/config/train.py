@@ -51,6 +51,13 @@ class TrainConfig:
 
     model: ModelChoice = dataclasses.field(default_factory=lambda: ModelChoice(preset="XL"))
     """Shape of the model: `{preset: XL, vocab_size: 65536}` or every field by name."""
+    init_from: str | None = None
+    """Model whose weights start the run: a run, a checkpoint, a Hugging Face folder or Hub id, a
+    checkpoint of the public training code; null: fresh weights."""
+    init_weights: Literal["auto", "raw", "ema"] = "auto"
+    """Which weights of `init_from`; auto: the EMA where there is one."""
+    init_optimizer: bool = False
+    """Take up the moments of `init_from` too, a checkpoint of ours; usual beside raw weights."""
     seed: int = 0
     """Seed of the initial weights and of the data order."""
 
@@ -136,6 +143,9 @@ class TrainConfig:
         _check("betas", self.betas, all(0 <= b < 1 for b in self.betas), "from 0 to below 1")
         ratio = self.bp_warmup_ratio
         _check("bp_warmup_ratio", ratio, 0 <= ratio <= 1, "from 0 to 1")
+        needs_source = self.init_optimizer or self.init_weights != "auto"
+        if needs_source and self.init_from is None:
+            raise ConfigError("init_weights and init_optimizer need init_from, which is not set")
         self._check_depth()
         self._check_bins()
 

@@ -32,6 +32,7 @@ from hrmtext.train.report import write_report
 from hrmtext.train.schedule import depth_at, learning_rate
 from hrmtext.train.signals import StopRequest
 from hrmtext.train.source import DataSource, FolderSource, check_data
+from hrmtext.train.start import start_from
 from hrmtext.train.state import TrainState
 from hrmtext.train.step import StepResult, TrainStep
 from hrmtext.train.validate import Validation, validate
@@ -164,6 +165,10 @@ class Session:
         if resume not in ("auto", "never", "must"):
             raise ConfigError(f"resume is {resume!r}, expected auto, never or must")
         checkpoint = self._checkpoint_to_resume(resume)
+        if checkpoint is None and self.config.init_from is not None:
+            taken = start_from(self.config, self.state, self.source.tokenizer_folder)
+            self.compute.refresh()
+            logger.info("starting from %s", taken)
         wait_for_all()  # the writer starts the folder only after every rank has looked at it
         if self.is_writer:
             if self.folder.exists:
@@ -179,7 +184,7 @@ class Session:
             self.interval.restore(self.state.interval)
             logger.info("resuming at step %d from %s", self.state.step, checkpoint)
         kept = self.config.ema_decay**self.total_steps
-        if kept > MAX_INITIAL_SHARE:
+        if kept > MAX_INITIAL_SHARE and self.config.init_from is None:
             logger.warning(
                 "ema_decay=%g is slow for %d steps: at the end %.0f%% of the average are still the "
                 "initial weights. Lower it to %.4g or less, or look at the raw weights",

@@ -1,0 +1,114 @@
+"""Starting a run from another model's weights: fine-tuning, or pretraining gone on with."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hrmtext.artifacts.hub import local_path
+from hrmtext.artifacts.opening import open_stored
+from hrmtext.artifacts.stored import StoredModel
+from hrmtext.artifacts.weights import read_tensors
+from hrmtext.config.base import build, read_values, to_mapping
+from hrmtext.config.model import ModelConfig
+from hrmtext.config.train import TrainConfig
+from hrmtext.data.tokenizer import PromptTokenizer
+from hrmtext.errors import ConfigError
+from hrmtext.runtime.log import logger
+from hrmtext.train.checkpoint import OPTIMIZER_FILE
+from hrmtext.train.state import TrainState
+
+_MAY_DIFFER = frozenset({"max_seq_len", "expansion", "intermediate_size", "embedding_scale"})
+"""Fields that do not decide the shape, or do so through a derived value that is compared."""
+
+
+def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
+    """A training config; with `init_from`, the model's shape is that of the model named there.
+
+    What `model` says beside it (`max_seq_len`, for instance) is laid over that shape.
+
+    Raises:
+        ConfigError: as `hrmtext.config.base.load`. CheckpointError: no model at `init_from`.
+    """
+    values = read_values(path, overrides)
+    given = values.get("model") or {}
+    if values.get("init_from") is not None and isinstance(given, dict) and "preset" not in given:
+        stored = open_stored(local_path(str(values["init_from"])))
+        values["model"] = {**to_mapping(stored.config), **given}
+    return build(TrainConfig, values, where=str(path) if path is not None else "overrides")
+
+
+@torch.no_grad()
+def start_from(config: TrainConfig, state: TrainState, tokenizer_folder: Path | None) -> str:
+    """Bring `state` to the weights that `config.init_from` names; the average starts there too.
+
+    Args:
+        tokenizer_folder: the data's tokenizer; it must give the ids that the model knows.
+
+    Returns:
+        A line that says what was taken.
+
+    Raises:
+        CheckpointError: no model there, or it is damaged.
+        ConfigError: another shape, another tokenizer, or no optimizer state where it is wanted.
+    """
+    assert config.init_from is not None, "there is nothing to start from"
+    stored = open_stored(local_path(config.init_from), config.init_weights)
+    _require_same_shape(config, stored)
+    _require_same_tokenizer(config, stored, tokenizer_folder)
+    for name, tensor in state.model.state_dict().items():
+        tensor.copy_(stored.tensor(name))
+    what = {"only": "weights", "raw": "raw weights", "ema": "EMA weights"}[stored.weights]
+    averages = dict(zip(state.names(), state.optimizer.averages(), strict=True))
+    for name, parameter in state.names().items():
+        averages[name].copy_(parameter)
+    if config.init_optimizer:
+        file = stored.folder / OPTIMIZER_FILE
+        if not file.is_file():
+            raise ConfigError(
+                f"init_optimizer is set, but {stored.folder} holds no optimizer state "
+                f"({OPTIMIZER_FILE}); name a checkpoint of hrm-text, or leave it out"
+            )
+        state.optimizer.import_state(state.names(), read_tensors(file), state.names())
+        what += " and optimizer state"
+    return f"{what} of {stored.folder} ({stored.kind})"
+
+
+def _require_same_shape(config: TrainConfig, stored: StoredModel) -> None:
+    wanted, found = _shape(config.model.resolve()), _shape(stored.config)
+    differences = [
+        f"{key} is {wanted[key]} here and {found[key]} there"
+        for key in wanted
+        if wanted[key] != found[key]
+    ]
+    if differences:
+        raise ConfigError(
+            f"`model` is not the shape of init_from={config.init_from}: {'; '.join(differences)}. "
+            "Leave `model` out of the recipe: it is then taken from there"
+        )
+
+
+def _shape(model: ModelConfig) -> dict[str, Any]:
+    fields = {key: value for key, value in to_mapping(model).items() if key not in _MAY_DIFFER}
+    return fields | {"mlp_size": model.mlp_size, "scale": model.scale}
+
+
+def _require_same_tokenizer(
+    config: TrainConfig, stored: StoredModel, tokenizer_folder: Path | None
+) -> None:
+    if tokenizer_folder is None or stored.tokenizer_folder is None:
+        logger.warning(
+            "the %s has no tokenizer, so it is not checked that both mean the same tokens",
+            "data" if tokenizer_folder is None else "model in init_from",
+        )
+        return
+    ours = PromptTokenizer.load(tokenizer_folder)
+    theirs = PromptTokenizer.load(stored.tokenizer_folder)
+    if ours.fingerprint != theirs.fingerprint:
+        raise ConfigError(
+            f"the data was tokenised by another tokenizer than that of init_from="
+            f"{config.init_from}; prepare it again with tokenizer.path={stored.tokenizer_folder}"
+        )
