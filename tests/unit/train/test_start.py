@@ -119,7 +119,7 @@ def test_another_shape_is_refused_before_anything_is_written(trained, tmp_path):
 def test_another_tokenizer_is_refused(trained, tmp_path):
     folders = []
     for name, texts in (("a", ["to be or not to be"]), ("b", ["that is the question"])):
-        PromptTokenizer(train_tokenizer(texts * 20, 300)).save(tmp_path / name)
+        PromptTokenizer(train_tokenizer(texts * 20, 290)).save(tmp_path / name)
         folders.append(tmp_path / name)
     config = settings(init_from=str(bare_model(trained, tmp_path, folders[0])))
     start_from(config, fresh_state(config), folders[0])
