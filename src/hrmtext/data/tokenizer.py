@@ -59,6 +59,30 @@ TOKENIZER_CONFIG_FILE = "tokenizer_config.json"
 CHAT_TEMPLATE_FILE = "chat_template.jinja"
 
 
+def condition_names(condition: str) -> list[str]:
+    """The names in a comma list, in the given order; empty: none.
+
+    Raises:
+        DataError: an unknown name, with the nearest match.
+    """
+    if not condition.strip():
+        return []
+    names = [name.strip() for name in condition.split(",")]
+    for name in names:
+        if name not in CONDITIONS:
+            raise DataError(f"unknown condition {name!r}{nearest(name, list(CONDITIONS))}")
+    return names
+
+
+def prompt_text(instruction: str, condition: str = DEFAULT_CONDITION) -> str:
+    """The prompt written out, for tokenizers that read special tokens in a text.
+
+    `instruction` must hold none; `PromptTokenizer.encode_prompt` takes any text.
+    """
+    head = "".join(CONDITIONS[name] for name in condition_names(condition))
+    return BEGIN + head + instruction + PROMPT_END
+
+
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Train a byte-level BPE tokenizer with exactly `vocab_size` entries.
 
@@ -157,15 +181,7 @@ class PromptTokenizer:
         Raises:
             DataError: an unknown name, with the nearest match.
         """
-        if not condition.strip():
-            return []
-        ids = []
-        for name in condition.split(","):
-            name = name.strip()
-            if name not in self._conditions:
-                raise DataError(f"unknown condition {name!r}{nearest(name, list(CONDITIONS))}")
-            ids.append(self._conditions[name])
-        return ids
+        return [self._conditions[name] for name in condition_names(condition)]
 
     def encode_prompt(self, instruction: str, condition: str = DEFAULT_CONDITION) -> list[int]:
         """`<|im_start|>`, condition tokens, the text, `<|im_end|>`."""

@@ -105,40 +105,63 @@ def varlen_plan(
     token_type_ids: torch.Tensor | None,
     embedded: torch.Tensor,
     cache: Cache | None,
-    prefix_lm: bool,
+    config: HrmTextConfig,
+    packed: torch.Tensor | None = None,
 ) -> PaddedPlan:
     """The plan of a first forward pass without the padding; one host sync for the whole pass.
 
     Args:
         attention_mask: (B, S), 1 on real tokens, which must be adjacent; None: all are real.
         token_type_ids: (B, S), 1 on the prompt, which must open the row; None: no prompt.
+        packed: (B, S) from `packed_rows`: each of these rows has its own prompt.
 
     Raises:
         DataError: padding inside a row, a prompt that does not start its row, an empty row.
     """
-    rows, columns = embedded.shape[:2]
-    real = torch.ones(rows, columns, dtype=torch.bool)
+    shape = (embedded.shape[0], embedded.shape[1])
+    real = torch.ones(shape, dtype=torch.bool)
     if attention_mask is not None:
         real = attention_mask.bool().cpu()
     prompt = torch.zeros_like(real)
-    if token_type_ids is not None and prefix_lm:
+    if token_type_ids is not None and config.prefix_lm:
         prompt = (token_type_ids == 1).cpu() & real
-    lengths, prefixes = real.sum(1), prompt.sum(1)
-    first = real.int().argmax(1)
-    offsets = torch.arange(columns) - first[:, None]  # (B, S), from each row's first real token
-    if bool((lengths == 0).any()):
-        raise DataError(f"row {int((lengths == 0).nonzero()[0])} of the batch has no real token")
-    for name, found, counts in (("attention_mask", real, lengths), ("prompt", prompt, prefixes)):
-        if not torch.equal(found, (offsets >= 0) & (offsets < counts[:, None])):
+    if bool((~real.any(1)).any()):
+        raise DataError(f"row {int(real.any(1).int().argmin())} of the batch has no real token")
+    row = torch.arange(shape[0])[:, None].expand(shape)  # (B, S)
+    if packed is not None:
+        row = row * shape[1] + packed.cpu()
+    tokens = real.flatten().nonzero().squeeze(1)  # (T) places in the batch
+    _, row_of, lengths = row.flatten()[tokens].unique_consecutive(
+        return_inverse=True, return_counts=True
+    )
+    offsets = torch.arange(len(tokens)) - (lengths.cumsum(0) - lengths)[row_of]  # (T)
+    is_prompt = prompt.flatten()[tokens]
+    prefixes = torch.zeros_like(lengths).index_add_(0, row_of, is_prompt.long())
+    adjacent = (tokens.diff() == 1) | (row_of.diff() == 1)
+    for name, sound in (
+        ("attention_mask", bool(adjacent.all())),
+        ("prompt", torch.equal(is_prompt, offsets < prefixes[row_of])),
+    ):
+        if not sound:
             raise DataError(
                 f"attn_implementation={VARLEN!r}: the {name} has a gap or does not open its row; "
                 "expected padding at the sides only and one prompt at the start of each row "
                 "(several blocks: use 'sdpa')"
             )
     layout = RowLayout.from_prefixes(lengths.tolist(), prefixes.tolist())
-    plan = make_plan(layout, device=embedded.device, dtype=embedded.dtype)
-    token_index = real.flatten().nonzero().squeeze(1).to(embedded.device)
-    return PaddedPlan(plan, token_index, (rows, columns), cache)
+    plan = make_plan(layout, device=embedded.device, dtype=embedded.dtype, head_dim=config.head_dim)
+    return PaddedPlan(plan, tokens.to(embedded.device), shape, cache)
+
+
+def packed_rows(position_ids: torch.Tensor) -> torch.Tensor | None:
+    """(B, S) number of the row that each token belongs to; None: one row each, nothing is packed.
+
+    Rows lie behind one another where positions do not count on, as transformers reads them.
+    """
+    starts = torch.diff(position_ids, dim=-1) != 1  # (B, S - 1)
+    if not bool(starts.any()):
+        return None
+    return torch.nn.functional.pad(starts.long().cumsum(-1), (1, 0))
 
 
 def prefix_mask(
@@ -148,14 +171,17 @@ def prefix_mask(
     position_ids: torch.Tensor,
     cache: Cache | None,
     token_type_ids: torch.Tensor | None,
+    packed: torch.Tensor | None = None,
 ) -> Any:
     """The mask that the configured implementation takes: causal, and the prompt bidirectional.
 
-    All tokens of type 1 form one block, wherever they stand, as in transformers.
+    All tokens of type 1 form one block, wherever they stand, as in transformers; in a batch of
+    packed rows (`packed_rows`), all those of one row.
     """
     blocks: dict[str, Any] = {}
     if token_type_ids is not None and config.prefix_lm:
-        blocks["block_sequence_ids"] = torch.where(token_type_ids == 1, 0, -1)
+        block = torch.zeros_like(token_type_ids) if packed is None else packed
+        blocks["block_sequence_ids"] = torch.where(token_type_ids == 1, block, -1)
     return create_causal_mask(
         config=config,
         inputs_embeds=embedded,

@@ -24,7 +24,14 @@ from transformers.utils.output_capturing import capture_outputs
 from hrmtext.artifacts.names import outside_names, tensor_names
 from hrmtext.config.model import ModelConfig
 from hrmtext.errors import CheckpointError, ConfigError
-from hrmtext.hf.attention import DensePlan, Owner, prefix_mask, register_varlen, varlen_plan
+from hrmtext.hf.attention import (
+    DensePlan,
+    Owner,
+    packed_rows,
+    prefix_mask,
+    register_varlen,
+    varlen_plan,
+)
 from hrmtext.hf.configuration import VARLEN, HrmTextConfig, require_prefix_attention
 from hrmtext.hf.parallel import register_parallel_styles
 from hrmtext.model.hrm import Recurrence, recur
@@ -156,7 +163,9 @@ class HrmTextModel(HrmTextPreTrainedModel):
         Args:
             input_ids: (B, S) int64, or inputs_embeds: (B, S, D), not yet scaled; one of the two.
             attention_mask: (B, C) with 1 on real tokens, (B, 1, S, C) ready-made, or None.
-            position_ids: (B, S); None: from the number of tokens in the cache on.
+            position_ids: (B, S); None: from the number of tokens in the cache on. Without
+                attention_mask and cache, positions that start again pack several rows in one; no
+                row sees another, and no cache is made.
             past_key_values: a cache with a slot for each (stack call, layer).
             token_type_ids: (B, S), 1 on the tokens of the prompt, which see one another. They
                 count in the first forward pass only, as in transformers; all ones of a row are one
@@ -173,7 +182,10 @@ class HrmTextModel(HrmTextPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
-        if use_cache and past_key_values is None:
+        packed = None
+        if position_ids is not None and attention_mask is None and past_key_values is None:
+            packed = packed_rows(position_ids.expand(embedded.shape[:2]))
+        if use_cache and past_key_values is None and packed is None:
             past_key_values = DynamicCache(config=self.config)
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
@@ -192,12 +204,12 @@ class HrmTextModel(HrmTextPreTrainedModel):
             check_token_types(self.config, token_type_ids)
         if is_first and not has_mask and self.config._attn_implementation == VARLEN:
             plan: Any = varlen_plan(
-                attention_mask, token_type_ids, embedded, past_key_values, self.config.prefix_lm
+                attention_mask, token_type_ids, embedded, past_key_values, self.config, packed
             )
         else:
             types = token_type_ids if is_first else None
             mask = prefix_mask(
-                self.config, embedded, attention_mask, position_ids, past_key_values, types
+                self.config, embedded, attention_mask, position_ids, past_key_values, types, packed
             )
             plan = DensePlan(
                 Owner(self.config, self.H_module, self.training),
