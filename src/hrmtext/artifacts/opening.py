@@ -11,13 +11,13 @@ import torch
 
 from hrmtext.artifacts import hf_folder, upstream, weights
 from hrmtext.artifacts.dcp import DcpFolder
+from hrmtext.artifacts.gguf_file import MAGIC, open_gguf
 from hrmtext.artifacts.layout import RunFolder
 from hrmtext.artifacts.safetensors_file import SafetensorsFile
 from hrmtext.artifacts.stored import StoredModel, TensorStore, fit
 from hrmtext.errors import CheckpointError, ConfigError
 from hrmtext.runtime.io import require_complete
 
-GGUF_MAGIC = b"GGUF"
 WHICH = weights.WHICH
 
 
@@ -27,7 +27,8 @@ def open_stored(path: str | Path, which: str = "auto") -> StoredModel:
     Args:
         path: a run folder (its newest complete checkpoint is taken), a native folder, a Hugging
             Face folder (fused, split or mixed; one file or sharded), a checkpoint folder of the
-            public training code or one of its `fsdp2_epoch_N`.
+            public training code or one of its `fsdp2_epoch_N`, a GGUF file (quantised tensors
+            come back as fp32).
         which: `raw`, `ema`, or `auto`: the EMA where there is one.
 
     Raises:
@@ -36,6 +37,12 @@ def open_stored(path: str | Path, which: str = "auto") -> StoredModel:
     """
     if which not in WHICH:
         raise ConfigError(f"weights {which!r} are unknown; expected one of {', '.join(WHICH)}")
+    if _is_gguf(Path(path)):
+        if which != "auto":
+            raise CheckpointError(
+                f"{path} is a GGUF file with one set of weights; leave out weights={which}"
+            )
+        return open_gguf(path)
     folder = model_folder(path)
     if (folder / weights.CONFIG_FILE).is_file():
         return _open_native(folder, which)
@@ -54,7 +61,8 @@ def model_folder(path: str | Path) -> Path:
     if not path.exists():
         raise CheckpointError(f"no such folder: {path}")
     if not path.is_dir():
-        raise CheckpointError(_describe_file(path))
+        what = "a GGUF file, which has no folder" if _is_gguf(path) else "a file"
+        raise CheckpointError(f"{path} is {what}; expected the folder that holds a model")
     is_native = (path / weights.CONFIG_FILE).is_file()
     if is_native or hf_folder.is_hf_folder(path) or upstream.is_upstream_folder(path):
         return path
@@ -71,16 +79,11 @@ def model_folder(path: str | Path) -> Path:
     )
 
 
-def _describe_file(path: Path) -> str:
+def _is_gguf(path: Path) -> bool:
+    if not path.is_file():
+        return False
     with path.open("rb") as stream:
-        head = stream.read(4)
-    if head == GGUF_MAGIC:
-        return (
-            f"{path} is a GGUF file, which runs in llama.cpp: `hrm-text generate --engine "
-            "llama.cpp` runs it; to convert or train, take the folder that it was made from, "
-            "or turn it into one with `hrm-text convert`"
-        )
-    return f"{path} is a file; expected the folder that holds it"
+        return stream.read(len(MAGIC)) == MAGIC
 
 
 def _open_native(folder: Path, which: str) -> StoredModel:

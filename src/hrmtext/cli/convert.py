@@ -28,7 +28,7 @@ def convert(
     weights: Literal["auto", "ema", "raw"] = "auto",
     max_shard_size: str | None = None,
     tokenizer: Path | None = None,
-    file_type: str = "bf16",
+    file_type: str | None = None,
     verify: bool = True,
     json: bool = False,
 ) -> int:
@@ -47,7 +47,7 @@ def convert(
         weights: averaged weights where present (auto), ema, or raw.
         max_shard_size: split a Hugging Face folder's weights into files of at most this size (5GB).
         tokenizer: folder with tokenizer.json, for a source that has none.
-        file_type: number format of a GGUF file (f32, f16, bf16, q8_0, ...).
+        file_type: number format of a GGUF file (f32, f16, q8_0, q4_k_m, ...); bf16 if not said.
         verify: read back and compare logits.
         json: print the report as JSON.
     """
@@ -66,6 +66,7 @@ def convert(
             destination,
             to,
             dtype=dtype,
+            file_type=file_type,
             weights=weights,
             tokenizer_folder=tokenizer,
             max_shard_bytes=limit,
@@ -102,7 +103,17 @@ def show_report(console: Console, report: ConvertReport) -> None:
     if report.is_bit_equal:
         table.add_row("weights", f"{report.num_tensors} tensors read back, equal bit by bit")
     found = report.comparison
-    if found is None:
+    if report.gguf is not None:
+        for what, distance in (
+            ("llama.cpp", report.gguf.against_file),
+            ("with rounding", report.gguf.against_source),
+        ):
+            table.add_row(
+                what,
+                f"largest difference of logits {distance.max_difference:.1e}, same most probable "
+                f"token {100 * distance.argmax_agreement:.1f} %, KL {distance.kl:.1e}",
+            )
+    elif found is None:
         table.add_row("checked", "no: --no-verify was given")
     else:
         for mask, difference, agreement, kl in (

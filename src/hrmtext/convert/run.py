@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +13,8 @@ import torch
 
 from hrmtext.artifacts.opening import open_stored
 from hrmtext.config.base import nearest
+from hrmtext.convert.gguf import write_gguf
+from hrmtext.convert.gguf_verify import GgufComparison
 from hrmtext.convert.source import Source, open_source
 from hrmtext.convert.verify import (
     Comparison,
@@ -39,6 +42,7 @@ from hrmtext.runtime.io import MARKER, atomic_folder, mark_complete
 
 FORMS = ("native", "hf", "hf-split", "gguf", "upstream")
 KEEP = "keep"
+DEFAULT_FILE_TYPE = "bf16"
 SPARE_BYTES = 16 << 20
 """For configs, tokenizer and headers, when free disk space is checked."""
 
@@ -63,6 +67,8 @@ class ConvertReport:
     rounding: Comparison | None
     """What the narrower number format costs against the source's own; None where it is kept."""
     notes: list[str]
+    gguf: GgufComparison | None = None
+    """Of a GGUF file instead of `comparison`: llama.cpp's logits against ours."""
 
 
 def convert(
@@ -71,6 +77,7 @@ def convert(
     to: str,
     *,
     dtype: str | torch.dtype = KEEP,
+    file_type: str | None = None,
     weights: str = "auto",
     tokenizer_folder: str | Path | None = None,
     max_shard_bytes: int | None = None,
@@ -83,9 +90,10 @@ def convert(
 
     Args:
         source: an opened source, a path (see `open_source`), or a Hub id.
-        to: `native`, `hf` (the released layout), `hf-split` (transformers' own names) or
-            `upstream` (the public training code); GGUF files are written by `write_gguf`.
+        to: `native`, `hf` (the released layout), `hf-split` (transformers' own names), `upstream`
+            (the public training code) or `gguf` (llama.cpp; one file).
         dtype: `keep`, or the number format of all written tensors.
+        file_type: number format of a GGUF file, see `write_gguf`; None: bf16.
         weights: `raw`, `ema` or `auto`, where the source holds both.
         tokenizer_folder: a tokenizer for a source that has none.
         max_shard_bytes: largest weights file of a Hugging Face folder; None: one file.
@@ -101,6 +109,7 @@ def convert(
     if to not in FORMS:
         raise ConfigError(f"unknown target {to!r}{nearest(to, FORMS)}")
     number_format = _parse_dtype(dtype)
+    _require_options_of(to, number_format, file_type, max_shard_bytes)
     out = Path(out)
     if not isinstance(source, Source):
         source = open_source(source, weights, tokenizer_folder)
@@ -109,7 +118,7 @@ def convert(
     if out.exists() and not replace:
         raise StorageError(f"{out} exists already; name another folder or remove it first")
     if to == "gguf":
-        raise ConfigError("a GGUF file is written by hrmtext.convert.gguf.write_gguf")
+        return _to_gguf(source, out, file_type or DEFAULT_FILE_TYPE, verify, replace, progress)
     check_expressible(source.config, to)
     reader = CastReader(source, number_format, progress)
     require_disk_space(out, reader.nbytes())
@@ -149,6 +158,45 @@ def convert(
         comparison=comparison,
         rounding=rounding,
         notes=notes,
+    )
+
+
+def _to_gguf(
+    source: Source,
+    out: Path,
+    file_type: str,
+    verify: bool,
+    replace: bool,
+    progress: Progress | None,
+) -> ConvertReport:
+    shapes = source.shapes.values()
+    wide = {"f32": 4.0, "f16": 2.0, "bf16": 2.0}
+    num_values = sum(math.prod(shape) for shape in shapes)
+    # A quantised file has at most 8 bits a value and a 16-bit scale for every 32.
+    require_disk_space(out, int(num_values * wide.get(file_type, 1.07)))
+    report = write_gguf(
+        source,
+        out,
+        file_type=file_type,
+        tokenizer=source.tokenizer(),
+        verify=verify,
+        replace=replace,
+        progress=None if progress is None else lambda done, all: progress("writing", done, all),
+    )
+    return ConvertReport(
+        source=str(source.folder),
+        source_kind=source.kind,
+        weights=source.weights,
+        to="gguf",
+        out=str(out),
+        dtype=report.file_type,
+        size_bytes=report.size_bytes,
+        num_tensors=len(source.names()),
+        is_bit_equal=False,
+        comparison=None,
+        rounding=None,
+        notes=_notes(source),
+        gguf=report.comparison,
     )
 
 
@@ -216,6 +264,17 @@ def _notes(source: Source) -> list[str]:
     if source.tokenizer() is None:
         notes.append("the source has no tokenizer, so none was written; give one with --tokenizer")
     return notes
+
+
+def _require_options_of(
+    to: str, dtype: torch.dtype | None, file_type: str | None, max_shard_bytes: int | None
+) -> None:
+    if to == "gguf" and dtype is not None:
+        raise ConfigError("a GGUF file's number format is its file_type, not dtype")
+    if to != "gguf" and file_type is not None:
+        raise ConfigError(f"file_type is for GGUF files; the number format of {to} is dtype")
+    if max_shard_bytes is not None and to not in ("hf", "hf-split"):
+        raise ConfigError(f"only Hugging Face folders are written in shards, not {to}")
 
 
 def _parse_dtype(dtype: Any) -> torch.dtype | None:

@@ -14,6 +14,7 @@ from hrmtext.artifacts.safetensors_file import Entry
 from hrmtext.artifacts.stored import StoredModel, fit
 from hrmtext.artifacts.upstream import upstream_root
 from hrmtext.data.tokenizer import PromptTokenizer
+from hrmtext.generate.load import read_tokenizer
 from hrmtext.generate.runner import TextModel
 
 
@@ -33,9 +34,9 @@ class Source(StoredModel):
         """The tokenizer beside the weights; None where there is none."""
         if self.held_tokenizer is not None:
             return self.held_tokenizer
-        if self.tokenizer_folder is None:
-            return None
-        return PromptTokenizer.load(self.tokenizer_folder)
+        if self.kind == "gguf" and self.tokenizer_folder is not None:
+            return PromptTokenizer.load(self.tokenizer_folder)
+        return read_tokenizer(self)
 
     def special_ids(self) -> dict[str, int]:
         """bos_token_id, eos_token_id, pad_token_id: the tokenizer's, else as the files say."""
@@ -85,7 +86,7 @@ def open_source(
 
     Args:
         path: a native folder, run folder, Hugging Face folder (fused, split, mixed, sharded),
-            checkpoint folder of the public training code, or Hub id.
+            checkpoint folder of the public training code, GGUF file, or Hub id.
         weights: `raw`, `ema`, or `auto`: the EMA where there is one.
         tokenizer_folder: a folder with tokenizer.json, where the model's own has none.
 

@@ -6,14 +6,17 @@ from pathlib import Path
 
 import torch
 
+from hrmtext.artifacts.gguf_file import GgufFile
 from hrmtext.artifacts.hub import local_path
 from hrmtext.artifacts.opening import model_folder, open_stored
+from hrmtext.artifacts.stored import StoredModel
 from hrmtext.config.model import ModelConfig
 from hrmtext.data.tokenizer import PromptTokenizer
+from hrmtext.generate.gguf_tokenizer import tokenizer_of
 from hrmtext.generate.runner import TextModel
 from hrmtext.runtime.device import pick_device, pick_dtype
 
-__all__ = ["load", "model_folder", "read_config"]
+__all__ = ["load", "model_folder", "read_config", "read_tokenizer"]
 
 
 def load(
@@ -27,7 +30,7 @@ def load(
     Args:
         path: a run folder (its newest complete checkpoint is taken), a native model or checkpoint
             folder, a Hugging Face folder (fused, split or sharded), a checkpoint folder of the
-            public training code, or a Hub id (`owner/name`).
+            public training code, a GGUF file (run by our own engine), or a Hub id (`owner/name`).
         device: `cpu`, `cuda`, `cuda:N`; None: CUDA where there is one.
         dtype: `fp32`, `bf16` or a torch dtype; None: bf16 on CUDA, fp32 on the CPU.
         weights: `raw`, `ema`, or `auto`: the EMA where there is one.
@@ -40,8 +43,17 @@ def load(
     place = pick_device(str(device) if device is not None else None)
     number_format = pick_dtype(dtype, place)
     stored = open_stored(local_path(path), weights)
-    tokenizer = PromptTokenizer.load(stored.tokenizer_folder or stored.folder)
+    tokenizer = read_tokenizer(stored) or PromptTokenizer.load(stored.folder)
     return TextModel(stored.load_model(place, number_format), tokenizer)
+
+
+def read_tokenizer(stored: StoredModel) -> PromptTokenizer | None:
+    """The tokenizer of an opened model: beside its weights, or inside a GGUF file; None: none."""
+    if stored.kind == "gguf":
+        return tokenizer_of(GgufFile(stored.folder).values, str(stored.folder))
+    if stored.tokenizer_folder is None:
+        return None
+    return PromptTokenizer.load(stored.tokenizer_folder)
 
 
 def read_config(path: str | Path) -> ModelConfig:
