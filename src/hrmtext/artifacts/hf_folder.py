@@ -63,6 +63,7 @@ def to_hf_config(
     Raises:
         ConfigError: a shape that transformers cannot express.
     """
+    config.require_hrm("a Hugging Face folder")
     if config.hidden_size % config.num_heads:
         raise ConfigError(
             f"hidden_size {config.hidden_size} is no multiple of num_heads {config.num_heads}; "

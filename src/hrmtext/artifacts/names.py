@@ -83,7 +83,7 @@ def tensor_names(config: ModelConfig) -> list[str]:
     """Names of all tensors of a model, in the order of `HrmLM.state_dict()`."""
     layers = [
         f"model.{stack}_module.layers.{layer}.{name}"
-        for stack in "HL"
+        for stack in config.stacks
         for layer in range(config.num_layers_per_stack)
         for name in _LAYER
     ]

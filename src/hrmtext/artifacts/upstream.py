@@ -133,6 +133,7 @@ def to_upstream(
     Raises:
         ConfigError: a shape that the public code cannot express.
     """
+    config.require_hrm("a checkpoint of the public code, as written here,")
     if config.num_heads * config.head_dim != config.hidden_size:
         raise ConfigError(
             f"the public code takes head_dim = hidden_size / num_heads = "

@@ -36,7 +36,11 @@ class ModelConfig:
     H_cycles: int = 2
     """Slow cycles: calls of the H stack."""
     L_cycles: int = 3
-    """Fast cycles: calls of the L stack before each call of the H stack."""
+    """Fast cycles: calls of the L stack before each call of the H stack; 0: H alone, on z_H."""
+    shared_stack: bool = False
+    """One stack plays both roles, H and L: half the weights, or twice the depth for as many."""
+    H_injection: bool = True
+    """The H stack is called on z_H + z_L; False: on z_L alone."""
     max_seq_len: int = 4_096
     """Longest row in tokens."""
     rope_theta: float = 10_000.0
@@ -51,11 +55,16 @@ class ModelConfig:
     def __post_init__(self) -> None:
         positive = (
             "vocab_size", "hidden_size", "num_layers_per_stack", "num_heads", "head_dim",
-            "H_cycles", "L_cycles", "max_seq_len", "rope_theta", "rms_norm_eps", "expansion",
+            "H_cycles", "max_seq_len", "rope_theta", "rms_norm_eps", "expansion",
         )  # fmt: skip
         for name in positive:
             if getattr(self, name) <= 0:
                 raise ConfigError(f"model.{name} is {getattr(self, name)}, expected above 0")
+        if self.L_cycles < 0 or (self.L_cycles == 0 and not self.shared_stack):
+            raise ConfigError(
+                f"model.L_cycles is {self.L_cycles}, expected above 0; 0 is for a model of one "
+                "stack (shared_stack: true), as the L stack would never be called"
+            )
         if self.head_dim % 2:
             raise ConfigError(
                 f"model.head_dim is {self.head_dim}, expected an even number: rotary position "
@@ -80,6 +89,19 @@ class ModelConfig:
         if self.embedding_scale is not None:
             return self.embedding_scale
         return math.sqrt(self.hidden_size)
+
+    @property
+    def stacks(self) -> str:
+        """The stacks that have weights: `HL`, or `H` where one plays both roles."""
+        return "H" if self.shared_stack else "HL"
+
+    def require_hrm(self, form: str) -> None:
+        """ConfigError where this is a baseline, which no format but our own can hold."""
+        if self.shared_stack or not self.H_injection:
+            raise ConfigError(
+                f"{form} can only hold the HRM, and this model is a baseline (shared_stack: "
+                f"{self.shared_stack}, H_injection: {self.H_injection}); keep it in the native form"
+            )
 
     @property
     def num_stack_calls(self) -> int:
@@ -144,6 +166,23 @@ PRESETS: dict[str, ModelConfig] = {
     ),
 }  # fmt: skip
 """Published sizes (B to XXL_wide) and small ones (mini, micro, test)."""
+
+
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "hrm": {"shared_stack": False, "H_injection": True},
+    "transformer": {"shared_stack": True, "H_cycles": 1, "L_cycles": 0},
+    # Four calls of one stack, z = S(z + x): the last of them is the H call, as z_H is still x.
+    "ut": {"shared_stack": True, "H_cycles": 1, "L_cycles": 3},
+    "rins": {"shared_stack": False, "H_injection": False, "H_cycles": 1, "L_cycles": 7},
+    "trm": {"shared_stack": True, "H_cycles": 2, "L_cycles": 1},
+    "trm_match_recurrence": {"shared_stack": True, "H_cycles": 2, "L_cycles": 3},
+}
+"""HRM-Text and the architectures that its paper compares it with, as settings of the recurrence.
+
+The paper gives `transformer`, `ut` and `trm` one stack of as many blocks as both of HRM's together
+(num_layers_per_stack twice as large), the others HRM's number. Their fixed backward depth, as
+bp_first and bp_last: ut 2, rins 5, trm 2, trm_match_recurrence 5, transformer 1 (its only call).
+"""
 
 
 def preset(name: str, **changes: Any) -> ModelConfig:

@@ -9,7 +9,7 @@ from typing import Any, Literal
 import pydantic
 
 from hrmtext.config.base import build, config_class, nearest, to_mapping
-from hrmtext.config.model import PRESETS, ModelConfig
+from hrmtext.config.model import ARCHITECTURES, PRESETS, ModelConfig
 from hrmtext.errors import ConfigError
 
 HARMLESS_KEYS = frozenset({
@@ -27,21 +27,31 @@ class ModelChoice(ModelConfig):
     preset: str | None = None
     """Name in `config.model.PRESETS` that fills in every field not given beside it."""
 
+    architecture: str | None = None
+    """Name in `config.model.ARCHITECTURES` that sets the recurrence where it is not given."""
+
     @pydantic.model_validator(mode="before")
     @classmethod
-    def _fill_from_preset(cls, values: Any) -> Any:
+    def _fill_from_names(cls, values: Any) -> Any:
         given = values if isinstance(values, Mapping) else values.kwargs or {}
+        filled: dict[str, Any] = {}
         name = given.get("preset")
-        if name is None:
-            return values
-        if name not in PRESETS:
-            raise ConfigError(f"model.preset: unknown preset {name!r}{nearest(name, [*PRESETS])}")
-        return {**to_mapping(PRESETS[name]), **given}
+        if name is not None:
+            if name not in PRESETS:
+                raise ConfigError(f"model.preset: unknown {name!r}{nearest(name, [*PRESETS])}")
+            filled |= to_mapping(PRESETS[name])
+        name = given.get("architecture")
+        if name is not None:
+            known = [*ARCHITECTURES]
+            if name not in ARCHITECTURES:
+                raise ConfigError(f"model.architecture: unknown {name!r}{nearest(name, known)}")
+            filled |= ARCHITECTURES[name]
+        return {**filled, **given} if filled else values
 
     def resolve(self) -> ModelConfig:
-        """The plain model config, with the preset's name gone."""
+        """The plain model config, with the names of preset and architecture gone."""
         values = to_mapping(self)
-        del values["preset"]
+        del values["preset"], values["architecture"]
         return build(ModelConfig, values, where="model")
 
 
@@ -157,7 +167,9 @@ class TrainConfig:
             _check("L_bp_cycles", list(cycles), fits, expected)
             return
         calls = self.model.num_stack_calls
-        _check("bp_first", self.bp_first, 2 <= self.bp_first <= calls, f"from 2 to {calls}")
+        fewest = min(2, calls)
+        fits = fewest <= self.bp_first <= calls
+        _check("bp_first", self.bp_first, fits, f"from {fewest} to {calls}")
         fits = self.bp_first <= self.bp_last <= calls
         _check("bp_last", self.bp_last, fits, f"from bp_first={self.bp_first} to {calls}")
 
@@ -187,7 +199,8 @@ def run_differences(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
 def _run_keys(config: Mapping[str, Any]) -> dict[str, Any]:
     flat = {key: config[key] for key in config if key != "model" and key not in HARMLESS_KEYS}
     model = {f"model.{key}": value for key, value in config.get("model", {}).items()}
-    model.pop("model.preset", None)  # its fields are compared instead
+    for name in ("model.preset", "model.architecture"):  # their fields are compared instead
+        model.pop(name, None)
     return flat | model
 
 

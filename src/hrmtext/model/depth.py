@@ -38,12 +38,14 @@ class Depth:
             ConfigError: bp_steps below 2 or above the number of stack calls.
         """
         H_cycles, L_cycles = config.H_cycles, config.L_cycles
-        if not 2 <= bp_steps <= config.num_stack_calls:
+        fewest = min(2, config.num_stack_calls)
+        if not fewest <= bp_steps <= config.num_stack_calls:
             raise ConfigError(
-                f"bp_steps is {bp_steps}, expected 2 to {config.num_stack_calls}, the number of "
-                f"stack calls at H_cycles={H_cycles}, L_cycles={L_cycles}"
+                f"bp_steps is {bp_steps}, expected {fewest} to {config.num_stack_calls}, the "
+                f"number of stack calls at H_cycles={H_cycles}, L_cycles={L_cycles}"
             )
-        H_steps = min(H_cycles, bp_steps - 1)
+        # Without L calls (a plain transformer) every step is an H call.
+        H_steps = min(H_cycles, bp_steps - 1 if L_cycles else bp_steps)
         first_L = H_cycles * L_cycles - (bp_steps - H_steps)
         flags = []
         for h in range(H_cycles):

@@ -36,7 +36,7 @@ def count_parameters(config: ModelConfig) -> Counts:
         stack=stack,
         embedding=table,
         head=table,
-        stored=2 * stack + 2 * table,
+        stored=len(config.stacks) * stack + 2 * table,
         unfolded=config.num_stack_calls * stack + 2 * table,
     )
 

@@ -19,14 +19,18 @@ from hrmtext.model.layers import BlockCall, Stack, rotary_tables
 
 
 class Recurrence(nn.Module):
-    """Embedding, the two stacks, and their calls: L_cycles times L, then H, H_cycles times over."""
+    """Embedding, the two stacks, and their calls: L_cycles times L, then H, H_cycles times over.
+
+    With one shared stack and other settings of the config it is one of the baselines.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.H_module = Stack(config)
-        self.L_module = Stack(config)
+        if not config.shared_stack:
+            self.L_module = Stack(config)
         # The start of z_L: drawn once, never trained, saved with the weights.
         self.register_buffer("z_L_init", torch.zeros(config.hidden_size))
 
@@ -55,7 +59,7 @@ class Recurrence(nn.Module):
 
 
 class Stacks(Protocol):
-    """What holds the two stacks and the start of z_L."""
+    """What holds the two stacks and the start of z_L; a shared stack is `H_module`."""
 
     H_module: Stack
     L_module: Stack
@@ -89,6 +93,7 @@ def recur(
         )
     z_H = embedded * config.scale  # (T, D)
     z_L = stacks.z_L_init.to(z_H).expand_as(z_H)  # (T, D)
+    L_module = stacks.H_module if config.shared_stack else stacks.L_module
     cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, z_H.dtype)
     flags = iter(depth.carries_gradient)
     grad_enabled = torch.is_grad_enabled()
@@ -99,11 +104,13 @@ def recur(
                 slot = config.slot(h, call, 0)
                 # The stacks may lie on two devices: the sum is taken where z_H is.
                 z = z_L.to(z_H.device) + z_H
-                z_L = stacks.L_module(z, cos, sin, plan, slot, None, call_block)
+                z_L = L_module(z, cos, sin, plan, slot, None, call_block)
         with torch.set_grad_enabled(grad_enabled and next(flags)):
             slot = config.slot(h, config.L_cycles, 0)
             chosen = select if h == depth.H_cycles - 1 else None
-            z = z_H + z_L.to(z_H.device)
+            z = z_L.to(z_H.device) if depth.L_cycles else z_H
+            if depth.L_cycles and config.H_injection:
+                z = z_H + z
             z_H = stacks.H_module(z, cos, sin, plan, slot, chosen, call_block)
         states.append(z_H)
     return states

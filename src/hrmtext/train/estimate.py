@@ -208,7 +208,8 @@ def activation_bytes(
     layers = model.num_layers_per_stack
     calls_H = sum(depth.carries_gradient[depth.L_cycles :: depth.L_cycles + 1])
     calls_L = depth.num_gradient_calls - calls_H
-    kept = {"none": calls_H + calls_L, "L": calls_H, "all": 0}[recomputed]
+    by_L_alone = 0 if model.shared_stack else calls_H
+    kept = {"none": calls_H + calls_L, "L": by_L_alone, "all": 0}[recomputed]
     again = depth.num_gradient_calls - kept
     return (
         depth.num_gradient_calls * norm

@@ -19,11 +19,15 @@ def recomputing(model: HrmLM, which: Recomputed) -> BlockCall | None:
     """How to call the blocks of `model`; None: plainly.
 
     Args:
-        which: the stack whose blocks keep their input only: `L`, or `all` for both.
+        which: the stack whose blocks keep their input only: `L` (a shared one is it too), or
+            `all` for both.
     """
     if which == "none":
         return None
-    stacks = [model.model.L_module] + ([model.model.H_module] if which == "all" else [])
+    core = model.model
+    stacks = [core.H_module if core.config.shared_stack else core.L_module]
+    if which == "all":
+        stacks.append(core.H_module)
     chosen = {id(block) for stack in stacks for block in stack.layers}
     return functools.partial(_call, chosen)
 
