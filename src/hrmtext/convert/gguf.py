@@ -101,6 +101,7 @@ def write_gguf(
     if path.exists() and not replace:
         raise StorageError(f"{path} exists already; name another file or remove it first")
     config = source.config
+    config.require_hrm("a GGUF file")
     values = {
         "general.name": name,
         "general.file_type": FILE_TYPES[file_type].number,
