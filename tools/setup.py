@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 VENV = ROOT / ".venv"
 STAMP = VENV / "setup-stamp"
 CONSTRAINTS = ROOT / "constraints-cpu.txt"
-EXTRAS = "data,dev"
+EXTRAS = "dev"
 
 
 def main() -> int:
