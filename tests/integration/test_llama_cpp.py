@@ -16,11 +16,14 @@ from hrmtext.convert import gguf as writer
 from hrmtext.convert import gguf_verify
 from hrmtext.convert.gguf import write_gguf
 from hrmtext.convert.gguf_types import FILE_TYPES
-from hrmtext.convert.gguf_verify import Distance, fp32_model, reference_logits
+from hrmtext.convert.gguf_verify import fp32_model
 from hrmtext.data.tokenizer import PromptTokenizer, train_tokenizer
 from hrmtext.errors import BackendError, CheckpointError, ConfigError, DataError
-from hrmtext.generate import TextModel, llama_cpp_library
+from hrmtext.generate import TextModel, llama_cpp_library, load
 from hrmtext.generate.llama_cpp import LlamaCppModel
+from hrmtext.generate.reference import Distance, reference_logits
+from hrmtext.generate.selftest import check_logits
+from hrmtext.generate.selftest_paths import LlamaCppPath
 from hrmtext.model import build_model
 
 pytest.importorskip("xllamacpp", reason="the extra `gguf` is not installed")
@@ -304,6 +307,36 @@ def test_without_the_package_the_extra_is_named(monkeypatch, path):
         LlamaCppModel(path)
 
 
+@pytest.mark.parametrize("file_type", ["f32", "bf16", "q8_0", "q4_0"])
+def test_the_self_test_finds_llama_cpp_right_and_its_own_mask_causal(tmp_path, file_type):
+    model, path = text_model(), tmp_path / "m.gguf"
+    write_gguf(model, path, file_type=file_type, verify=False)
+    reference = load(path, "cpu", "fp32")
+    with LlamaCppModel(path) as engine:
+        right = check_logits(reference, LlamaCppPath(engine))
+        causal = check_logits(reference, LlamaCppPath(engine, prefix=False))
+    assert right.verdict == "right", right
+    assert causal.mistake == "causal instead of prefix", causal
+
+
+def test_the_self_test_finds_a_wrong_header(model, tmp_path, monkeypatch, capsys):
+    another_scale(monkeypatch)
+    path = tmp_path / "m.gguf"
+    write_gguf(model, path, verify=False)
+    with LlamaCppModel(path) as engine:
+        found = check_logits(model, LlamaCppPath(engine))
+    assert found.mistake.startswith("embedding scale 1 instead of")
+    # The file itself says so: only a right reference can tell.
+    assert main(["selftest", str(path)]) == 0
+    assert "llama.cpp (bf16): right" in capsys.readouterr().out
+
+
+def test_the_native_engine_reads_the_file_too(model, path):
+    assert load(path, "cpu", "fp32").generate(PROMPTS, max_new_tokens=8) == model.generate(
+        PROMPTS, max_new_tokens=8
+    )
+
+
 def test_the_command_line_answers_from_a_gguf_file(model, path, capsys):
     expected = model.generate(PROMPTS[:2], "cot", max_new_tokens=6)
     for options in ([], ["--engine", "llama.cpp"]):
@@ -319,7 +352,6 @@ def test_the_command_line_answers_from_a_gguf_file(model, path, capsys):
         (["--device", "cuda"], "--device cannot be used"),
         (["--weights", "ema"], "--weights cannot be used"),
         (["--guidance", "0.1"], "guidance compares"),
-        (["--engine", "native"], "is a GGUF file"),
     ],
 )
 def test_options_that_do_not_go_with_llama_cpp_are_refused(path, capsys, options, message):

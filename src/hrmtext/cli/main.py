@@ -10,7 +10,7 @@ from typing import Any
 import tyro
 
 from hrmtext import __version__
-from hrmtext.cli import convert, data, evaluate, export, generate, info, quickstart, train
+from hrmtext.cli import convert, data, evaluate, export, generate, info, quickstart, selftest, train
 from hrmtext.errors import HrmTextError, TrainingInterrupted
 
 VERBS: dict[str, Callable[..., Any]] = {
@@ -19,6 +19,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "train": train.train,
     "eval": evaluate.evaluate,
     "generate": generate.generate,
+    "selftest": selftest.selftest,
     "export": export.export,
     "convert": convert.convert,
     "info": info.info,

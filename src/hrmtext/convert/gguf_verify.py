@@ -8,7 +8,6 @@ And what did rounding the weights cost? Our model on the source's tensors answer
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,13 +17,13 @@ import torch
 from hrmtext.artifacts.gguf_file import PLAIN, TYPES, GgufFile, open_gguf, shape_values
 from hrmtext.artifacts.names import tensor_names
 from hrmtext.artifacts.stored import StoredModel
-from hrmtext.batch import RowLayout
 from hrmtext.config.model import ModelConfig
 from hrmtext.convert.verify import PROMPTS
 from hrmtext.data.tokenizer import PromptTokenizer
 from hrmtext.errors import CheckpointError
 from hrmtext.generate.llama_cpp import LlamaCppModel
-from hrmtext.model import HrmLM, empty_model, make_plan
+from hrmtext.generate.reference import Distance, reference_logits
+from hrmtext.model import HrmLM, empty_model
 
 RESPONSE = "The answer is 42.\nB"
 """Decoded behind every prompt, token by token, so that the causal part is checked too."""
@@ -43,33 +42,6 @@ QUANTISED_BUDGET = 0.15
 WEIGHT_BUDGET = 0.6
 """Of a quantised tensor's rounding error, as a share of its norm; 2 bits give 0.4, a swap 1.4."""
 QUANTISED = frozenset(TYPES) - frozenset(PLAIN)
-
-
-@dataclasses.dataclass(frozen=True)
-class Distance:
-    """How far some logits are from others, over all positions compared."""
-
-    argmax_agreement: float
-    """Share of positions whose most probable token is the same."""
-    max_difference: float
-    """Of two logits."""
-    kl: float
-    """Mean Kullback-Leibler divergence of the expected from the found distribution, in nats."""
-    relative: float
-    """Root mean square of the differences over that of the expected logits."""
-
-    @classmethod
-    def between(cls, expected: torch.Tensor, found: torch.Tensor) -> Distance:
-        """(P, V) logits each."""
-        expected, found = expected.double(), found.double()
-        log_p, log_q = expected.log_softmax(-1), found.log_softmax(-1)
-        difference = found - expected
-        return cls(
-            argmax_agreement=float((expected.argmax(-1) == found.argmax(-1)).double().mean()),
-            max_difference=float(difference.abs().max()),
-            kl=float((log_p.exp() * (log_p - log_q)).sum(-1).mean()),
-            relative=float(difference.square().mean().sqrt() / expected.square().mean().sqrt()),
-        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,14 +90,15 @@ def compare_with_llama_cpp(
             f"max_seq_len {source.config.max_seq_len} is too short for the prompts of the check; "
             "convert with verify off"
         )
-    same = _require_weights(source, stored, path)
-    model = fp32_model(source)
-    from_source = reference_logits(model, rows)
-    if not same:
-        model = fp32_model(stored)
-    from_file = from_source if same else reference_logits(model, rows)
+    # One model in memory at a time: the file's, then the source's, then llama.cpp's.
+    model, same = _read_back(source, stored, path)
+    from_file = reference_logits(model, rows)
     causal = reference_logits(model, rows, prefix=False)
-    del model  # llama.cpp's copy comes next
+    if not same:
+        del model
+        model = fp32_model(source)
+    from_source = from_file if same else reference_logits(model, rows)
+    del model
     with LlamaCppModel(path, cache="f32") as model:
         for _, text in PROMPTS:
             if model.tokenise(text) != tokenizer.encode_texts([text])[0]:
@@ -148,30 +121,6 @@ def compare_with_llama_cpp(
     return result
 
 
-@torch.inference_mode()
-def reference_logits(
-    model: HrmLM,
-    rows: Sequence[tuple[Sequence[int], Sequence[int]]],
-    *,
-    prefix: bool | None = None,
-) -> torch.Tensor:
-    """(P, V) logits behind the prompt and every response token of (prompt, response) rows.
-
-    Args:
-        prefix: whether prompts see themselves in both directions; None: as the model says.
-    """
-    both_ways = model.config.prefix_lm if prefix is None else prefix
-    found = []
-    for prompt, response in rows:
-        ids = [*prompt, *response]
-        layout = RowLayout.from_prefixes([len(ids)], [len(prompt) if both_ways else 0])
-        plan = make_plan(layout, device=torch.device("cpu"), dtype=torch.float32)
-        wanted = torch.arange(len(prompt) - 1, len(ids))
-        out = model(torch.tensor(ids), torch.arange(len(ids)), plan, select=wanted)
-        found.append(out.logits)
-    return torch.cat(found)
-
-
 def header_numbers(config: ModelConfig) -> dict[str, Any]:
     """What a header says of a shape, at the precision that it has."""
     values = shape_values(config)
@@ -183,24 +132,24 @@ def header_numbers(config: ModelConfig) -> dict[str, Any]:
 
 def fp32_model(source: TensorSource) -> HrmLM:
     """The model of a source in fp32; memory beyond its weights is one tensor."""
-    model = empty_model(source.config, device="meta", dtype=torch.float32)
     state = {name: source.tensor(name).float() for name in tensor_names(source.config)}
-    model.load_state_dict(state, assign=True)
-    return model.eval()
+    return _model_of(source.config, state)
 
 
-def _require_weights(source: TensorSource, stored: StoredModel, path: Path) -> bool:
-    """Read every tensor back; whether all are the source's own, bit for bit.
+def _read_back(source: TensorSource, stored: StoredModel, path: Path) -> tuple[HrmLM, bool]:
+    """The file's model in fp32, and whether its tensors are the source's own, bit for bit.
 
     Raises:
         CheckpointError: one is not what its number format makes of the source's.
     """
     kinds = GgufFile(path).kinds
     rounded = torch.bfloat16 if "bf16" in kinds else torch.float16
+    state = {}
     same = True
     for name in tensor_names(source.config):
         expected, found = source.tensor(name), stored.tensor(name)
-        if torch.equal(found.float(), expected.float()):
+        state[name] = found.float()
+        if torch.equal(state[name], expected.float()):
             continue
         same = False
         if found.dtype == torch.float32 and not QUANTISED.isdisjoint(kinds):
@@ -210,7 +159,13 @@ def _require_weights(source: TensorSource, stored: StoredModel, path: Path) -> b
             sound = found.dtype == rounded and torch.equal(found, expected.to(rounded))
         if not sound:
             raise CheckpointError(f"{name} read back is not what was written; it was not kept")
-    return same
+    return _model_of(source.config, state), same
+
+
+def _model_of(config: ModelConfig, state: dict[str, torch.Tensor]) -> HrmLM:
+    model = empty_model(config, device="meta", dtype=torch.float32)
+    model.load_state_dict(state, assign=True)
+    return model.eval()
 
 
 def _require_budget(result: GgufComparison, file_type: str) -> None:
