@@ -159,7 +159,8 @@ def packed_rows(position_ids: torch.Tensor) -> torch.Tensor | None:
     Rows lie behind one another where positions do not count on, as transformers reads them.
     """
     starts = torch.diff(position_ids, dim=-1) != 1  # (B, S - 1)
-    if not bool(starts.any()):
+    # A compiled graph cannot branch on values: there, rows that are not packed are one each too.
+    if not torch.compiler.is_compiling() and not bool(starts.any()):
         return None
     return torch.nn.functional.pad(starts.long().cumsum(-1), (1, 0))
 

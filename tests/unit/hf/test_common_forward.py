@@ -212,6 +212,10 @@ def test_forward_compiles_as_one_graph():
     expected = model(**batch, use_cache=False).logits
     compiled = torch.compile(model, backend="eager", fullgraph=True)
     torch.testing.assert_close(compiled(**batch, use_cache=False).logits, expected)
+    del batch["attention_mask"]
+    positions = torch.arange(12).expand(2, 12)
+    found = compiled(**batch, position_ids=positions, use_cache=False).logits
+    torch.testing.assert_close(found, expected)
 
 
 @torch.no_grad()
