@@ -4,6 +4,7 @@ from hrmtext.hf.auto import register_auto_classes
 from hrmtext.hf.collator import PrefixLMCollator
 from hrmtext.hf.configuration import HrmTextConfig
 from hrmtext.hf.modeling import HrmTextForCausalLM, HrmTextModel, HrmTextPreTrainedModel
+from hrmtext.hf.pipeline import PrefixLMPipeline
 from hrmtext.hf.prompts import encode_prompts, format_prompt
 
 __all__ = [
@@ -12,6 +13,7 @@ __all__ = [
     "HrmTextModel",
     "HrmTextPreTrainedModel",
     "PrefixLMCollator",
+    "PrefixLMPipeline",
     "encode_prompts",
     "format_prompt",
     "register_auto_classes",
