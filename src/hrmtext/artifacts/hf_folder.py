@@ -70,7 +70,7 @@ def to_hf_config(
             "transformers refuses such a model, so it cannot be exported"
         )
     if L_bp_cycles is None:
-        L_bp_cycles = [min(2, config.L_cycles)]
+        L_bp_cycles = default_routing(config)
     return {
         "architectures": ["HrmTextForCausalLM"],
         "model_type": MODEL_TYPE,
@@ -99,6 +99,11 @@ def to_hf_config(
         "use_cache": True,
         "dtype": dtype,
     }
+
+
+def default_routing(config: ModelConfig) -> list[int]:
+    """transformers' `L_bp_cycles` where nothing else is known."""
+    return [min(2, config.L_cycles)]
 
 
 def from_hf_config(values: Mapping[str, Any], where: str) -> ModelConfig:

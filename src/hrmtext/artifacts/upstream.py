@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hrmtext.artifacts.hf_folder import default_routing
 from hrmtext.artifacts.names import outside_names, tensor_names
 from hrmtext.config.base import build, read_yaml
 from hrmtext.config.model import ModelConfig, round_up
@@ -185,9 +186,12 @@ def to_upstream(
 
 
 def bp_steps_of(config: ModelConfig, L_bp_cycles: list[int] | None) -> tuple[int, bool]:
-    """`bp_max_steps` for a gradient routing, and whether it says just the same."""
+    """`bp_max_steps` for a gradient routing, and whether it says just the same.
+
+    Where nothing or transformers' default was stated, it is the public code's default.
+    """
     default = min(DEFAULT_BP_STEPS, config.num_stack_calls)
-    if L_bp_cycles is None:
+    if L_bp_cycles is None or L_bp_cycles == default_routing(config):
         return default, True
     padded = [1] * (config.H_cycles - len(L_bp_cycles)) + list(L_bp_cycles)
     steps = config.H_cycles + sum(padded)

@@ -226,9 +226,9 @@ def _prove(reader: CastReader, folder: Path, to: str) -> tuple[Comparison, Compa
     expected, rounding = _expected_logits(reader, rows)
     _tell(reader, 1)
     if to in ("hf", "hf-split"):
-        found, name = transformers_logits(folder, rows, head), "transformers"
+        found, name = transformers_logits(folder, rows, head), "transformers'"
     else:
-        found, name = our_logits(open_stored(folder).load_model(dtype=head), rows), "our reader"
+        found, name = our_logits(open_stored(folder).load_model(dtype=head), rows), "our reader's"
     forget()
     _tell(reader, 2)
     comparison = compare(expected, found)

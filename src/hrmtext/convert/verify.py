@@ -149,7 +149,7 @@ def require_within_budget(comparison: Comparison, reader: str) -> None:
     ):
         if not (difference <= budget and kl <= KL_BUDGET):
             raise CheckpointError(
-                f"{reader}' logits differ from the source's by {difference:.2e} {kind} (KL "
+                f"{reader} logits differ from the source's by {difference:.2e} {kind} (KL "
                 f"{kl:.1e}), expected at most {budget:.2e} (KL {KL_BUDGET:.0e}); what was written "
                 "is not kept"
             )
