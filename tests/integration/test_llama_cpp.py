@@ -12,13 +12,16 @@ import torch
 from hrmtext.artifacts.gguf_file import open_gguf
 from hrmtext.cli.main import main
 from hrmtext.config import preset
+from hrmtext.config.evaluate import EvaluateConfig
 from hrmtext.convert import gguf as writer
 from hrmtext.convert import gguf_verify
 from hrmtext.convert.gguf import write_gguf
 from hrmtext.convert.gguf_types import FILE_TYPES
 from hrmtext.convert.gguf_verify import fp32_model
+from hrmtext.data.example import HeldOutRow
 from hrmtext.data.tokenizer import PromptTokenizer, train_tokenizer
 from hrmtext.errors import BackendError, CheckpointError, ConfigError, DataError
+from hrmtext.evaluate import evaluate
 from hrmtext.generate import TextModel, llama_cpp_library, load
 from hrmtext.generate.llama_cpp import LlamaCppModel
 from hrmtext.generate.reference import Distance, reference_logits
@@ -362,3 +365,15 @@ def test_options_that_do_not_go_with_llama_cpp_are_refused(path, capsys, options
 def test_a_folder_is_no_gguf_file(tmp_path, capsys):
     assert main(["generate", str(tmp_path), "add 7", "--engine", "llama.cpp"]) == 2
     assert "Is a directory" in capsys.readouterr().err
+
+
+def test_evaluation_runs_on_a_gguf_file_as_on_our_model(model, engine):
+    rows = [
+        HeldOutRow(stratum="a", condition="direct", instruction=text, response="4")
+        for text in PROMPTS
+    ]
+    config = EvaluateConfig(max_new_tokens=6)
+    expected, found = evaluate(model, rows, config), evaluate(engine, rows, config)
+    assert found.predictions == expected.predictions
+    with pytest.raises(ConfigError, match="depth is set in the GGUF file"):
+        evaluate(engine, rows, EvaluateConfig(H_cycles=1))

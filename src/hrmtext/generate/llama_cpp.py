@@ -26,6 +26,7 @@ from hrmtext.generate.llama_cpp_library import F16_CACHE, F32_CACHE, Batch, libr
 from hrmtext.generate.runner import Generated
 from hrmtext.generate.sampling import Sampler
 from hrmtext.generate.stop import LENGTH, STOP, stop_ids
+from hrmtext.model import Depth
 
 CAPACITY_STEP = 256
 """Tokens by which a context grows; llama.cpp rounds to this too."""
@@ -118,11 +119,20 @@ class LlamaCppModel:
         config: GenerateConfig | None = None,
         *,
         stop_tokens: Sequence[int | str] | None = None,
+        depth: Depth | tuple[int, int] | None = None,
         with_logprobs: bool = True,
         progress: Callable[[int, int], None] | None = None,
     ) -> list[Generated]:
-        """As `generate`, with token ids, finish reasons and log-probabilities."""
+        """As `generate`, with token ids, finish reasons and log-probabilities.
+
+        Args:
+            depth: None; the number of cycles is the file's.
+        """
         config = config or GenerateConfig()
+        if depth is not None:
+            raise ConfigError(
+                "depth is set in the GGUF file; use the native engine for other cycles"
+            )
         if config.guidance:
             raise ConfigError(
                 "guidance compares the states of two cycles, which llama.cpp does not give; "
