@@ -87,3 +87,10 @@ def test_a_file_that_is_no_mapping_is_refused(tmp_path, text):
 def test_a_missing_file_is_named(tmp_path):
     with pytest.raises(ConfigError, match="no such configuration file"):
         load(TrainConfig, tmp_path / "absent.yaml")
+
+
+def test_prompts_bear_loss_in_causal_models_only():
+    path = CONFIGS / "train" / "cpu_smoke.yaml"
+    with pytest.raises(ConfigError, match="prefix_lm: false"):
+        load(TrainConfig, path, ["objective=all"])
+    assert load(TrainConfig, path, ["objective=all", "model.prefix_lm=false"]).objective == "all"

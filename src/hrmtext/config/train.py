@@ -106,6 +106,9 @@ class TrainConfig:
     L_bp_cycles: tuple[int, ...] | None = None
     """A fixed backward depth instead, in transformers' terms: L calls with gradient by H cycle."""
 
+    objective: Literal["response", "all"] = "response"
+    """Tokens that bear loss: the response's, or the prompt's too, which needs a causal model
+    (model.prefix_lm: false). Validation is on responses either way."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of forward and backward; master weights, sums and EMA are always fp32."""
     attention: str = "auto"
@@ -156,6 +159,11 @@ class TrainConfig:
         needs_source = self.init_optimizer or self.init_weights != "auto"
         if needs_source and self.init_from is None:
             raise ConfigError("init_weights and init_optimizer need init_from, which is not set")
+        if self.objective == "all" and self.model.prefix_lm:
+            raise ConfigError(
+                "objective: all needs model.prefix_lm: false, as prompt tokens that see one another "
+                "would be read off, not predicted"
+            )
         self._check_depth()
         self._check_bins()
 

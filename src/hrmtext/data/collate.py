@@ -21,6 +21,7 @@ def pack_rows(
     num_tokens: int | None = None,
     pad_token: int = 0,
     prefix_lm: bool = True,
+    supervise_prompts: bool = False,
 ) -> PackedBatch:
     """What `PackedBatch.from_rows` gives for the rows of `index`, at the speed of numpy.
 
@@ -30,6 +31,8 @@ def pack_rows(
         row_ids: (R) numbers to carry along.
         num_tokens: T, to pad the stream to a fixed size; default: no padding.
         prefix_lm: False makes every row causal.
+        supervise_prompts: prompt tokens bear loss too; for causal rows only, as prompt tokens that
+            see one another would be read off.
 
     Raises:
         DataError: no row, or more tokens than `num_tokens`.
@@ -57,7 +60,8 @@ def pack_rows(
     stream = np.full(size, pad_token, np.int64)  # (T)
     stream[:used] = values[is_input]
     labels = np.full(size, IGNORE, np.int64)  # (T)
-    supervised = (position >= prompt[row])[is_target]
+    assert not (supervise_prompts and prefix_lm), "a prompt that sees itself cannot be predicted"
+    supervised = ((position >= prompt[row]) | supervise_prompts)[is_target]
     labels[:used] = np.where(supervised, values[is_target], IGNORE)
     positions = np.arange(size, dtype=np.int64) - used  # (T); padding counts from 0
     positions[:used] = position[is_input]

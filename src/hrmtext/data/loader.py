@@ -65,6 +65,7 @@ class Loader:
         world_size: int = 1,
         pad_to: int | None = None,
         prefix_lm: bool = True,
+        supervise_prompts: bool = False,
         prefetch: int = 0,
     ) -> None:
         """Prepare; nothing is read yet.
@@ -75,6 +76,7 @@ class Loader:
             rank, world_size: bin b goes to rank b % world_size.
             pad_to: pad every bin to this many tokens; None: no padding.
             prefix_lm: False makes rows causal.
+            supervise_prompts: prompt tokens bear loss too; for causal rows only.
             prefetch: batches that a background thread prepares ahead; 0: none.
 
         Raises:
@@ -103,6 +105,7 @@ class Loader:
         self.seed = seed
         self.rank, self.world_size = rank, world_size
         self.pad_to, self.prefix_lm, self.prefetch = pad_to, prefix_lm, prefetch
+        self.supervise_prompts = supervise_prompts
         self._next = (0, 0)
         self._cached: _Epoch | None = None
         self._counts: dict[int, int] = {}
@@ -181,14 +184,18 @@ class Loader:
                     row_ids=which,
                     num_tokens=self.pad_to,
                     prefix_lm=self.prefix_lm,
+                    supervise_prompts=self.supervise_prompts,
                 )
             )
+        num_tokens = int(rows.input_lengths().sum())
         return GlobalBatch(
             index=index,
             epoch=epoch.number,
             bins=bins,
-            num_supervised_tokens=int(rows.resp_len.sum()),
-            num_tokens=int(rows.input_lengths().sum()),
+            num_supervised_tokens=(
+                num_tokens if self.supervise_prompts else int(rows.resp_len.sum())
+            ),
+            num_tokens=num_tokens,
         )
 
     def _epoch(self, number: int) -> _Epoch:

@@ -139,6 +139,7 @@ class FolderSource:
             world_size=world_size,
             pad_to=config.bin_size if config.pad_bins else None,
             prefix_lm=config.model.prefix_lm,
+            supervise_prompts=config.objective == "all",
             prefetch=PREFETCH_BATCHES,
         )
 

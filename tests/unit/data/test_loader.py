@@ -189,6 +189,27 @@ def test_ranks_without_a_filled_bin_step_with_padding(folders, tmp_path):
         assert sorted(map(len, rows)) == [0, 0, 1, 1]
 
 
+def test_prompts_bear_loss_where_that_is_the_objective(data):
+    responses, everything = (
+        Loader(data, **SIZES, seed=1, prefix_lm=False, supervise_prompts=which)
+        for which in (False, True)
+    )
+    for of_responses, of_all in zip(
+        itertools.islice(responses, 3), itertools.islice(everything, 3), strict=True
+    ):
+        assert of_all.num_supervised_tokens == of_all.num_tokens == of_responses.num_tokens
+        assert of_responses.num_supervised_tokens < of_all.num_supervised_tokens
+        for some, every in zip(of_responses.bins, of_all.bins, strict=True):
+            assert bool((every.labels != IGNORE).all())
+            kept = some.labels != IGNORE
+            assert torch.equal(every.labels[kept], some.labels[kept])
+            # Every label is the row's next input token, but for its last.
+            ends = torch.tensor(every.layout.lengths).cumsum(0) - 1
+            inner = torch.ones(len(every.tokens) - 1, dtype=torch.bool)
+            inner[ends[:-1]] = False
+            assert torch.equal(every.labels[:-1][inner], every.tokens[1:][inner])
+
+
 def test_order_depends_on_seed_and_epoch(data):
     first = {seed: plain(take(Loader(data, **SIZES, seed=seed), 1)[0]) for seed in (1, 2)}
     assert first[1] != first[2]
