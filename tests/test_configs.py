@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from hrmtext.config.ablate import AblationConfig
 from hrmtext.config.base import build, load, read_yaml, to_mapping
 from hrmtext.config.data import DataConfig
 from hrmtext.config.model import PRESETS, ModelConfig, preset
@@ -13,7 +14,9 @@ from hrmtext.model import empty_model
 from hrmtext.model.flops import count_parameters
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-KINDS = {"data": DataConfig, "train": TrainConfig, "model": ModelConfig}
+KINDS = {
+    "ablate": AblationConfig, "data": DataConfig, "model": ModelConfig, "train": TrainConfig,
+}  # fmt: skip
 
 
 def recipes() -> list[Path]:

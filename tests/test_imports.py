@@ -13,11 +13,12 @@ LAYER = {
     "runtime": 1, "batch": 1,
     "model": 2, "data": 2, "artifacts": 2,
     "train": 3, "generate": 3, "convert": 3,
-    "evaluate": 4, "api": 4, "hf": 4,
+    "evaluate": 4, "api": 4, "hf": 4, "ablate": 4,
     "cli": 5, "__init__": 5,
 }  # fmt: skip
 SIBLINGS = {
     ("config", "errors"), ("artifacts", "model"), ("convert", "generate"),
+    ("ablate", "evaluate"),
 }  # fmt: skip
 """Imports inside one layer that docs/architecture.md names."""
 TORCH_FREE = ("errors", "config", "cli.main")

@@ -10,7 +10,18 @@ from typing import Any
 import tyro
 
 from hrmtext import __version__
-from hrmtext.cli import convert, data, evaluate, export, generate, info, quickstart, selftest, train
+from hrmtext.cli import (
+    ablate,
+    convert,
+    data,
+    evaluate,
+    export,
+    generate,
+    info,
+    quickstart,
+    selftest,
+    train,
+)
 from hrmtext.errors import HrmTextError, TrainingInterrupted
 
 VERBS: dict[str, Callable[..., Any]] = {
@@ -18,6 +29,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "data": data.overview,
     "train": train.train,
     "eval": evaluate.evaluate,
+    "ablate": ablate.ablate,
     "generate": generate.generate,
     "selftest": selftest.selftest,
     "export": export.export,

@@ -161,7 +161,7 @@ class TrainConfig:
             raise ConfigError("init_weights and init_optimizer need init_from, which is not set")
         if self.objective == "all" and self.model.prefix_lm:
             raise ConfigError(
-                "objective: all needs model.prefix_lm: false, as prompt tokens that see one another "
+                "objective: all needs model.prefix_lm: false: prompt tokens that see one another "
                 "would be read off, not predicted"
             )
         self._check_depth()
