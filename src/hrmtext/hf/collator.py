@@ -229,7 +229,13 @@ def _from_ids(index: int, row: Mapping[str, Any]) -> _Row:
     elif "completion_mask" in columns:
         is_prompt = [value == 0 for value in columns["completion_mask"]]
     elif labels is not None:
-        first = next((at for at, label in enumerate(labels) if label != IGNORE), len(ids))
+        borne = [at for at, label in enumerate(labels) if label != IGNORE]
+        first = borne[0] if borne else len(ids)
+        if borne and borne[-1] - first >= len(borne):
+            raise DataError(
+                f"row {index}: its labels have a gap, as of several prompts or packed rows, and "
+                "there can be one prompt; if it is one, say by prompt_length where it ends"
+            )
         is_prompt = [at < first for at in range(len(ids))]
     else:
         raise DataError(f"row {index} does not say where its prompt ends; {EXPECTED}")

@@ -105,6 +105,8 @@ def test_left_padding_and_rounding_move_the_same_rows():
 def test_labels_choose_response_tokens():
     row = {"input_ids": [6, 7, 40, 41, 11], "prompt_length": 2, "labels": [-100] * 4 + [11]}
     assert PrefixLMCollator()([row])["labels"].tolist() == [[-100] * 4 + [11]]
+    row |= {"labels": [-100, -100, 40, -100, 11]}
+    assert PrefixLMCollator()([row])["labels"].tolist() == [row["labels"]]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +124,7 @@ def test_labels_choose_response_tokens():
         ({"input_ids": [1, 2, 3], "prompt_length": 2, "labels": [-100] * 3}, "no token bears"),
         ({"input_ids": [1, 2, 3, 4], "token_type_ids": [1, 0, 1, 0]}, "has a gap"),
         ({"input_ids": [1, 2, 3], "token_type_ids": [0, 1, 0]}, "does not open the row"),
+        ({"input_ids": [1, 2, 3, 4], "labels": [-100, 2, -100, 4]}, "labels have a gap"),
         ({"input_ids": [1, 2, 3], "labels": [-100, 2]}, "labels has 2 entries for 3 tokens"),
     ],
 )
