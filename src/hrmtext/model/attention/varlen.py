@@ -16,7 +16,7 @@ from hrmtext.errors import BackendError
 
 HALF = (torch.bfloat16, torch.float16)
 WIDEST_HEAD = 256
-PROBE_UNITS = 16
+PROBE_UNITS = 4
 """Units in the last place of the number format by which a kernel may miss fp32 in the probe."""
 PROBE_SEGMENTS = ((3, 3), (1, 5), (4, 9), (130, 300))
 """(queries, keys) of the probe's segments; the last is longer than any kernel's tile."""
