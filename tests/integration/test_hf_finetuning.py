@@ -67,6 +67,7 @@ def test_trainer_learns_a_new_task_from_jsonl_and_what_it_saves_loads_everywhere
     trainer.train()
     after = exact_match(model, tokenizer, held_out)
     assert before <= 0.1 and after >= 0.9, (before, after)
+    assert trainer.evaluate(held_out)["eval_loss"] < 0.2
     trainer.save_model(str(tmp_path / "saved"))
     for other in CLASSES:
         assert exact_match(*loaded(other, tmp_path / "saved"), held_out) == after
@@ -151,6 +152,7 @@ def test_a_lora_fine_tune_learns_saves_loads_and_merges(exported, data, tmp_path
         assert exact_match(*loaded(other, tmp_path / "merged"), held_out) == after
 
 
+@pytest.mark.slow
 @EACH
 @pytest.mark.parametrize("with_lora", [False, True], ids=["full", "lora"])
 def test_trl_sft_trainer_learns_under_the_prefix_mask(exported, data, tmp_path, kind, with_lora):
