@@ -95,6 +95,28 @@ def file_type_result(
     }
 
 
+def causal_result(
+    model: TextModel, rows: list[HeldOutRow], limit: int | None, folder: Path, base
+) -> dict[str, object]:
+    """The f32 file as llama.cpp's own programs run it: the prompt causal, too."""
+    path = folder / "causal.gguf"
+    write_gguf(model, path, file_type="f32")
+    teacher = teacher_rows(model, rows if limit is None else limited(rows, limit))
+    with LlamaCppModel(path, cache="f32") as engine:
+        engine.config = engine.config.with_changes(prefix_lm=False)
+        expected = reference_logits(model.model, teacher)
+        logits = torch.cat([engine.logits(*row) for row in teacher])
+        scored = evaluate(engine, rows, EvaluateConfig(limit=limit))  # type: ignore[arg-type]
+    return {
+        "expected_answers": {
+            "positions": len(logits),
+            **dataclasses.asdict(Distance.between(expected, logits)),
+        },
+        "exact_match": scored.mean["exact_match"],
+        "exact_match_change": scored.mean["exact_match"] - base.mean["exact_match"],
+    }
+
+
 def limited(rows: list[HeldOutRow], limit: int) -> list[HeldOutRow]:
     """The first `limit` rows of each family."""
     kept: dict[str, list[HeldOutRow]] = {}
@@ -125,6 +147,7 @@ def main() -> None:
             kind: file_type_result(model, kind, rows, arguments.limit, folder, base)
             for kind in arguments.types
         }
+        causal = causal_result(model, rows, arguments.limit, folder, base)
         lengths = prompt_lengths(load(arguments.run, device="cpu", dtype="fp32"), folder)
     write_result(
         arguments.name,
@@ -135,6 +158,7 @@ def main() -> None:
             "rows_per_family": arguments.limit,
             "ours_fp32": {"exact_match": base.mean["exact_match"], "rows": len(base.predictions)},
             "prompts_of_1_to_500_tokens": lengths,
+            "f32_run_causally": causal,
             "results": results,
         },
     )

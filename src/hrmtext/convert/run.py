@@ -19,10 +19,11 @@ from hrmtext.convert.source import Source, open_source
 from hrmtext.convert.verify import (
     Comparison,
     Logits,
+    Probe,
     compare,
     forget,
     our_logits,
-    probe_rows,
+    probes,
     require_equal_content,
     require_same_tokenizer,
     require_within_budget,
@@ -220,7 +221,7 @@ def _prove(reader: CastReader, folder: Path, to: str) -> tuple[Comparison, Compa
     tokenizer = source.tokenizer()
     if to in ("hf", "hf-split") and tokenizer is not None:
         require_same_tokenizer(tokenizer, folder)
-    rows = probe_rows(tokenizer, source.config.vocab_size, source.config.max_seq_len)
+    rows = probes(tokenizer, source.config.vocab_size, source.config.max_seq_len)
     head = reader.entry("lm_head.weight").dtype
     _tell(reader, 0)
     expected, rounding = _expected_logits(reader, rows)
@@ -236,7 +237,7 @@ def _prove(reader: CastReader, folder: Path, to: str) -> tuple[Comparison, Compa
     return comparison, rounding
 
 
-def _expected_logits(reader: CastReader, rows: list[list[int]]) -> tuple[Logits, Comparison | None]:
+def _expected_logits(reader: CastReader, rows: list[Probe]) -> tuple[Logits, Comparison | None]:
     """Logits of the source in the number format that is written, and what that costs."""
     source, head = reader.source, reader.entry("lm_head.weight").dtype
     own = our_logits(source.load_model(dtype=source.dtype), rows)

@@ -32,7 +32,11 @@ PROMPTS = (
 )
 """Condition and text; different lengths, characters beyond ASCII, a line end."""
 
-LENGTHS_WITHOUT_TOKENIZER = (9, 17, 30)
+RESPONSE = " 42, because it is so."
+"""Follows every prompt: in one row, some tokens see both ways and some only back."""
+
+LENGTHS_WITHOUT_TOKENIZER = ((9, 4), (17, 11), (30, 0))
+"""Of prompt and response."""
 
 BUDGET = 2e-4
 """Largest difference of two fp32 runs, as a share of the largest logit.
@@ -48,7 +52,7 @@ class Logits:
     """What one side computes for the probe rows: (T, V) fp32 over all rows, on the CPU."""
 
     prefix: torch.Tensor
-    """Under the prefix mask, the whole row being the prompt."""
+    """Under the prefix mask."""
     causal: torch.Tensor
 
 
@@ -70,33 +74,46 @@ class Comparison:
     num_positions: int
 
 
-def probe_rows(tokenizer: PromptTokenizer | None, vocab_size: int, longest: int) -> list[list[int]]:
-    """Token ids of the fixed prompts, cut to `longest`; spread over the vocabulary without one."""
-    if tokenizer is not None:
-        rows = [tokenizer.encode_prompt(text, condition) for condition, text in PROMPTS]
+@dataclasses.dataclass(frozen=True)
+class Probe:
+    """One row of the comparison."""
+
+    ids: list[int]
+    num_prompt: int
+    """Tokens that see each other both ways under the prefix mask."""
+
+
+def probes(tokenizer: PromptTokenizer | None, vocab_size: int, longest: int) -> list[Probe]:
+    """The fixed prompts and response, cut to `longest`; without a tokenizer, ids from all over."""
+    if tokenizer is None:
+        found = [
+            ([(7 + 7919 * (position + 31 * prompt)) % vocab_size for position in range(length)],
+             prompt)
+            for prompt, response in LENGTHS_WITHOUT_TOKENIZER
+            for length in (prompt + response,)
+        ]  # fmt: skip
     else:
-        rows = [
-            [(7 + 7919 * (position + 31 * length)) % vocab_size for position in range(length)]
-            for length in LENGTHS_WITHOUT_TOKENIZER
-        ]
-    return [row[:longest] for row in rows]
+        prompts = [tokenizer.encode_prompt(text, condition) for condition, text in PROMPTS]
+        response = tokenizer.encode_texts([RESPONSE])[0]
+        found = [([*prompt, *response], len(prompt)) for prompt in prompts]
+    return [Probe(ids[:longest], min(prompt, longest)) for ids, prompt in found]
 
 
-def our_logits(model: HrmLM, rows: Sequence[Sequence[int]]) -> Logits:
+def our_logits(model: HrmLM, rows: Sequence[Probe]) -> Logits:
     """Logits of our implementation, all rows and both masks in one packed pass."""
-    lengths = [len(row) for row in rows]
-    prefixes = lengths if model.config.prefix_lm else [0] * len(rows)
+    lengths = [len(row.ids) for row in rows]
+    prefixes = [row.num_prompt if model.config.prefix_lm else 0 for row in rows]
     layout = RowLayout.from_prefixes([*lengths, *lengths], [*prefixes, *[0] * len(rows)])
     device = model.lm_head.weight.device
     plan = make_plan(layout, device=device, dtype=torch.float32)
-    tokens = torch.tensor([token for row in (*rows, *rows) for token in row], device=device)
+    tokens = torch.tensor([token for row in (*rows, *rows) for token in row.ids], device=device)
     positions = torch.cat([torch.arange(length, device=device) for length in (*lengths, *lengths)])
     with torch.no_grad(), computing_in_fp32(model):
         found = model(tokens, positions, plan).logits[: 2 * sum(lengths)].cpu()
     return Logits(*found.float().chunk(2))
 
 
-def transformers_logits(folder: Path, rows: Sequence[Sequence[int]], dtype: torch.dtype) -> Logits:
+def transformers_logits(folder: Path, rows: Sequence[Probe], dtype: torch.dtype) -> Logits:
     """Logits of transformers' own classes, loaded from `folder` in the file's number format.
 
     Raises:
@@ -106,19 +123,21 @@ def transformers_logits(folder: Path, rows: Sequence[Sequence[int]], dtype: torc
 
     with _explained(), _quiet():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
-    width = max(map(len, rows))
+    width = max(len(row.ids) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
-    mask = torch.zeros_like(ids)
+    mask, kinds = torch.zeros_like(ids), torch.zeros_like(ids)
     for index, row in enumerate(rows):
-        ids[index, width - len(row) :] = torch.tensor(row)
-        mask[index, width - len(row) :] = 1
+        start = width - len(row.ids)
+        ids[index, start:] = torch.tensor(row.ids)
+        mask[index, start:] = 1
+        kinds[index, start : start + row.num_prompt] = 1
     kept = mask.bool()
     given = {"input_ids": ids, "attention_mask": mask, "use_cache": False}
     with torch.no_grad(), computing_in_fp32(model):
         causal = model(**given).logits[kept]
         prefix = causal
         if model.config.prefix_lm:
-            prefix = model(**given, token_type_ids=mask).logits[kept]
+            prefix = model(**given, token_type_ids=kinds).logits[kept]
     return Logits(prefix.float(), causal.float())
 
 

@@ -136,7 +136,7 @@ def test_a_model_without_tokenizer_converts_and_says_so(tmp_path):
         (tmp_path / "hf" / file).unlink()
     report = convert(tmp_path / "hf", tmp_path / "split", "hf-split")
     assert any("no tokenizer" in note for note in report.notes)
-    assert report.comparison.num_positions == 9 + 17 + 30
+    assert report.comparison.num_positions == 9 + 4 + 17 + 11 + 30
     given = convert(tmp_path / "split", tmp_path / "full", "native", tokenizer_folder=start)
     assert given.notes == []
     assert torch.equal(hrmtext.load(tmp_path / "full").logits("x"), model.logits("x"))
