@@ -17,7 +17,6 @@ from hrmtext.convert import gguf as writer
 from hrmtext.convert import gguf_verify
 from hrmtext.convert.gguf import write_gguf
 from hrmtext.convert.gguf_types import FILE_TYPES
-from hrmtext.convert.gguf_verify import fp32_model
 from hrmtext.data.example import HeldOutRow
 from hrmtext.data.tokenizer import PromptTokenizer, train_tokenizer
 from hrmtext.errors import BackendError, CheckpointError, ConfigError, DataError
@@ -220,7 +219,7 @@ def test_the_number_format_is_what_llama_cpp_computes_with(tmp_path):
     model, path = text_model(), tmp_path / "m.gguf"
     write_gguf(model, path, file_type="q4_0", verify=False)
     prompt = tokens(30)
-    stored = reference_logits(fp32_model(open_gguf(path)), [(prompt, [])])
+    stored = reference_logits(open_gguf(path).load_model(dtype=torch.float32), [(prompt, [])])
     source = reference_logits(model.model, [(prompt, [])])
     with LlamaCppModel(path, cache="f32") as engine:
         found = engine.logits(prompt)

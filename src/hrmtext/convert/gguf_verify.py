@@ -18,7 +18,7 @@ from hrmtext.artifacts.gguf_file import PLAIN, TYPES, GgufFile, open_gguf, shape
 from hrmtext.artifacts.names import tensor_names
 from hrmtext.artifacts.stored import StoredModel
 from hrmtext.config.model import ModelConfig
-from hrmtext.convert.verify import PROMPTS
+from hrmtext.convert.verify import PROMPTS, computing_in_fp32, forget
 from hrmtext.data.tokenizer import PromptTokenizer
 from hrmtext.errors import CheckpointError
 from hrmtext.generate.llama_cpp import LlamaCppModel
@@ -41,6 +41,7 @@ QUANTISED_BUDGET = 0.15
 
 WEIGHT_BUDGET = 0.6
 """Of a quantised tensor's rounding error, as a share of its norm; 2 bits give 0.4, a swap 1.4."""
+ROWS_AT_ONCE = 4_096
 QUANTISED = frozenset(TYPES) - frozenset(PLAIN)
 
 
@@ -92,13 +93,18 @@ def compare_with_llama_cpp(
         )
     # One model in memory at a time: the file's, then the source's, then llama.cpp's.
     model, same = _read_back(source, stored, path)
-    from_file = reference_logits(model, rows)
-    causal = reference_logits(model, rows, prefix=False)
-    if not same:
-        del model
-        model = fp32_model(source)
-    from_source = from_file if same else reference_logits(model, rows)
+    with computing_in_fp32(model):
+        from_file = reference_logits(model, rows)
+        causal = reference_logits(model, rows, prefix=False)
     del model
+    forget()
+    from_source = from_file
+    if not same:
+        model = _model_of(source.config, {n: source.tensor(n) for n in tensor_names(source.config)})
+        with computing_in_fp32(model):
+            from_source = reference_logits(model, rows)
+        del model
+        forget()
     with LlamaCppModel(path, cache="f32") as model:
         for _, text in PROMPTS:
             if model.tokenise(text) != tokenizer.encode_texts([text])[0]:
@@ -130,14 +136,8 @@ def header_numbers(config: ModelConfig) -> dict[str, Any]:
     }
 
 
-def fp32_model(source: TensorSource) -> HrmLM:
-    """The model of a source in fp32; memory beyond its weights is one tensor."""
-    state = {name: source.tensor(name).float() for name in tensor_names(source.config)}
-    return _model_of(source.config, state)
-
-
 def _read_back(source: TensorSource, stored: StoredModel, path: Path) -> tuple[HrmLM, bool]:
-    """The file's model in fp32, and whether its tensors are the source's own, bit for bit.
+    """The file's model, and whether its tensors are the source's own, bit for bit.
 
     Raises:
         CheckpointError: one is not what its number format makes of the source's.
@@ -148,12 +148,12 @@ def _read_back(source: TensorSource, stored: StoredModel, path: Path) -> tuple[H
     same = True
     for name in tensor_names(source.config):
         expected, found = source.tensor(name), stored.tensor(name)
-        state[name] = found.float()
-        if torch.equal(state[name], expected.float()):
+        state[name] = found
+        equal, error = _rounding(expected, found)
+        same &= equal
+        if equal:
             continue
-        same = False
         if found.dtype == torch.float32 and not QUANTISED.isdisjoint(kinds):
-            error = float((found - expected.float()).norm() / expected.float().norm())
             sound = error < WEIGHT_BUDGET
         else:
             sound = found.dtype == rounded and torch.equal(found, expected.to(rounded))
@@ -162,7 +162,20 @@ def _read_back(source: TensorSource, stored: StoredModel, path: Path) -> tuple[H
     return _model_of(source.config, state), same
 
 
+def _rounding(expected: torch.Tensor, found: torch.Tensor) -> tuple[bool, float]:
+    """Whether two tensors hold the same values, and their distance as a share of the norm."""
+    equal, off, total = True, 0.0, 0.0
+    # Row blocks: the widened embedding alone would be half a gigabyte, several times over.
+    for a, b in zip(expected.split(ROWS_AT_ONCE), found.split(ROWS_AT_ONCE), strict=True):
+        a, b = a.float(), b.float()
+        equal &= torch.equal(a, b)
+        off += float((b - a).square().sum(dtype=torch.float64))
+        total += float(a.square().sum(dtype=torch.float64))
+    return equal, (off / total) ** 0.5 if total else float(off > 0)
+
+
 def _model_of(config: ModelConfig, state: dict[str, torch.Tensor]) -> HrmLM:
+    """The model of these tensors, each in its own number format."""
     model = empty_model(config, device="meta", dtype=torch.float32)
     model.load_state_dict(state, assign=True)
     return model.eval()

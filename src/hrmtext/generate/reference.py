@@ -48,6 +48,7 @@ def reference_logits(
     """(P, V) logits behind the prompt and behind every response token of each row.
 
     Args:
+        model: one that computes in fp32.
         prefix: whether prompts see themselves in both directions; None: as the model says.
     """
     both_ways = model.config.prefix_lm if prefix is None else prefix
@@ -56,7 +57,7 @@ def reference_logits(
     for prompt, response in rows:
         ids = [*prompt, *response]
         layout = RowLayout.from_prefixes([len(ids)], [len(prompt) if both_ways else 0])
-        plan = make_plan(layout, device=weight.device, dtype=weight.dtype)
+        plan = make_plan(layout, device=weight.device, dtype=torch.float32)
         tokens = torch.tensor(ids, device=weight.device)
         positions = torch.arange(len(ids), device=weight.device)
         wanted = positions[len(prompt) - 1 :]
