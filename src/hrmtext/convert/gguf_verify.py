@@ -150,7 +150,7 @@ def _read_back(source: TensorSource, stored: StoredModel, path: Path) -> tuple[H
         expected, found = source.tensor(name), stored.tensor(name)
         equal, error = _rounding(expected, found)
         same &= equal
-        # Equal values are held in the narrower of both formats: fp32 files of bf16 models are large.
+        # Equal values are held in the narrower format: fp32 files of bf16 models are large.
         state[name] = expected if equal and expected.itemsize < found.itemsize else found
         if equal:
             continue
