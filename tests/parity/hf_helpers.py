@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 from parity_helpers import Case
+from safetensors.torch import save_file
 from transformers import HrmTextForCausalLM as TheirModel
 
-from hrmtext.artifacts.hf_folder import to_hf_config
+from hrmtext.artifacts.hf_folder import to_hf_config, to_split
 from hrmtext.hf import HrmTextConfig, HrmTextForCausalLM
 
 
@@ -16,6 +20,21 @@ def our_class(case: Case, attn_implementation: str = "sdpa") -> HrmTextForCausal
     model = HrmTextForCausalLM(HrmTextConfig(**values, attn_implementation=attn_implementation))
     model.load_state_dict(case.ours.state_dict())
     return model.eval()
+
+
+def loaded_class(case: Case, folder: Path, layout: str) -> HrmTextForCausalLM:
+    """The case's weights, written in a file layout and loaded by our class."""
+    folder.mkdir()
+    state = case.ours.state_dict()
+    chosen = to_split(state) if layout == "split" else state
+    save_file(
+        {name: tensor.contiguous() for name, tensor in chosen.items()},
+        folder / "model.safetensors",
+        {"format": "pt"},
+    )
+    values = to_hf_config(case.config, L_bp_cycles=case.L_bp_cycles)
+    (folder / "config.json").write_text(json.dumps(values))
+    return HrmTextForCausalLM.from_pretrained(folder).eval()
 
 
 def cached_logits(

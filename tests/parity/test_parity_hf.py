@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from hf_helpers import cached_logits, our_class
+from hf_helpers import cached_logits, loaded_class, our_class
 from parity_helpers import padded, random_case
 
 NUM_CASES = 50
@@ -30,10 +30,18 @@ def run(model, batch, backend, **kwargs):
 
 @pytest.mark.parametrize("index", range(NUM_CASES))
 @torch.no_grad()
-def test_logits_equal_transformers_on_every_path(index):
-    """50 random shapes and batches x both padding sides x all backends, and x cached."""
+def test_logits_equal_transformers_on_every_path(index, tmp_path):
+    """50 random shapes and batches x both padding sides x all backends, and x cached.
+
+    The weights come from files of both layouts, which load to the same bits.
+    """
     case = random_case(1_000 + index)
-    ours = our_class(case)
+    ours, other = (
+        loaded_class(case, tmp_path / layout, layout)
+        for layout in (("fused", "split"), ("split", "fused"))[index % 2]
+    )
+    for name, tensor in other.state_dict().items():
+        assert torch.equal(tensor, ours.state_dict()[name]), name
     for side in SIDES:
         batch = padded(case.rows, case.prefixes, side)
         real = batch["attention_mask"].bool()
