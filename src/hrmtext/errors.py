@@ -25,6 +25,10 @@ class NonFiniteError(HrmTextError, RuntimeError):
     """The loss or a gradient is NaN or infinite; raised before any weight is changed."""
 
 
+class RankError(HrmTextError, RuntimeError):
+    """Another rank of a distributed run was lost, or could not be reached at the start."""
+
+
 class StorageError(HrmTextError, OSError):
     """Writing failed (disk full, no permission); what existed before is untouched."""
 

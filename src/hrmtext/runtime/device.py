@@ -7,6 +7,7 @@ import platform
 from pathlib import Path
 
 import torch
+import torch.distributed as torch_dist
 
 from hrmtext.errors import BackendError, ConfigError
 
@@ -26,12 +27,67 @@ def pick_device(name: str | None = None) -> torch.device:
         device = torch.device(name)
     except RuntimeError as error:
         raise BackendError(f"unknown device {name!r}; expected cpu, cuda or cuda:N") from error
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise BackendError(
-            f"device {name!r} was asked for, but torch {torch.__version__} sees no CUDA device; "
-            "use device=cpu, or install a CUDA build of torch on a machine with a GPU"
-        )
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise BackendError(
+                f"device {name!r} was asked for, but {why_no_cuda()}; use device=cpu, or "
+                "`hrm-text doctor` to see what is there"
+            )
+        if device.index is not None and device.index >= torch.cuda.device_count():
+            raise BackendError(
+                f"device {name!r} was asked for, but torch sees {torch.cuda.device_count()} CUDA "
+                "devices, counted from cuda:0"
+            )
     return device
+
+
+def why_no_cuda() -> str:
+    """Why torch sees no CUDA device, and what to do about it, as the end of a sentence."""
+    if torch.version.cuda is None:
+        return (
+            f"torch {torch.__version__} is a build without CUDA (install a CUDA build of torch on "
+            "a machine with an NVIDIA GPU)"
+        )
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"):
+        return "CUDA_VISIBLE_DEVICES hides every GPU (unset it)"
+    return (
+        f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, sees no GPU (is there "
+        "one, and is its driver new enough? `nvidia-smi` tells)"
+    )
+
+
+def device_of_rank(local_rank: int) -> torch.device:
+    """The GPU of a rank, by its number on its node.
+
+    Raises:
+        BackendError: the node has fewer GPUs than ranks.
+    """
+    num_devices = torch.cuda.device_count()
+    if local_rank >= num_devices:
+        raise BackendError(
+            f"rank {local_rank} of this node has no GPU: torch sees {num_devices}, and every rank "
+            f"needs one of its own. Start torchrun with --nproc-per-node {num_devices}, or train "
+            "on the CPU with --device cpu"
+        )
+    return torch.device("cuda", local_rank)
+
+
+def communication_backend(device: torch.device) -> str:
+    """nccl for GPUs, gloo for the CPU.
+
+    Raises:
+        BackendError: this build of torch lacks it.
+    """
+    name = "nccl" if device.type == "cuda" else "gloo"
+    is_there = torch_dist.is_available() and (
+        torch_dist.is_nccl_available() if name == "nccl" else torch_dist.is_gloo_available()
+    )
+    if not is_there:
+        raise BackendError(
+            f"several ranks on {device.type} need {name}, and torch {torch.__version__} was built "
+            "without it; install an official build of torch for Linux, or train on one device"
+        )
+    return name
 
 
 def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:

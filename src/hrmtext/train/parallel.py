@@ -3,32 +3,51 @@
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 from collections.abc import Iterator, Sequence
 
 import torch
 import torch.distributed as torch_dist
 
+from hrmtext.errors import RankError
 from hrmtext.runtime import dist
+from hrmtext.runtime.device import communication_backend, device_of_rank
 
 BUCKET_BYTES = 64 << 20
 """Gradients travel in flat buffers of about this size."""
 
 
 @contextlib.contextmanager
-def process_group(device: torch.device) -> Iterator[torch.device]:
+def process_group(device: torch.device, *, timeout_s: float = 1_800.0) -> Iterator[torch.device]:
     """Join the group that `torchrun` announces in the environment; yield this rank's device.
 
     Without it, or within a group that is up already, nothing happens.
+
+    Args:
+        timeout_s: ranks wait no longer than this for one another.
+
+    Raises:
+        BackendError: fewer GPUs than ranks on this node, or a torch without NCCL.
+        RankError: the other ranks could not be reached.
     """
     num_ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if num_ranks == 1 or dist.is_distributed():
         yield device
         return
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        device = device_of_rank(int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    torch_dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    backend = communication_backend(device)
+    try:
+        torch_dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+    except (RuntimeError, ValueError) as error:
+        raise RankError(
+            f"rank {os.environ.get('RANK', '?')} of {num_ranks} could not join the others at "
+            f"{os.environ.get('MASTER_ADDR', '(no MASTER_ADDR)')}:"
+            f"{os.environ.get('MASTER_PORT', '(no MASTER_PORT)')} over {backend}: {error}. Start "
+            "all ranks with torchrun, and let the address be one that every node reaches"
+        ) from error
     try:
         yield device
     finally:
