@@ -2,6 +2,8 @@
 
 RUN/config.yaml  versions.json  metrics.jsonl  tensorboard/  report.html  evaluation.json
 RUN/checkpoints/step_0000100/   a native model folder plus optimizer.safetensors, training.json
+
+`RUN/best` and `RUN/last` name checkpoints wherever a model is loaded by path.
 """
 
 from __future__ import annotations
@@ -19,10 +21,19 @@ import torch
 
 from hrmtext.errors import CheckpointError, StorageError
 from hrmtext.runtime.device import describe
-from hrmtext.runtime.io import explain_storage_errors, is_complete, write_json, write_text
+from hrmtext.runtime.io import (
+    explain_storage_errors,
+    is_complete,
+    require_complete,
+    write_json,
+    write_text,
+)
 from hrmtext.runtime.log import logger
 
+BEST, LAST = "best", "last"
 _STEP = re.compile(r"step_(\d{7,})")
+VALIDATION_LOSS = "validation_loss"
+"""Key of a checkpoint's marker: EMA loss of the validation made at its step."""
 _LEFTOVER = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|old)")
 
 
@@ -104,17 +115,46 @@ class RunFolder:
         )
         raise CheckpointError(f"no checkpoint to load in {self.path}: {detail}")
 
-    def prune(self, *, keep_last: int, keep_every: int = 0) -> list[Path]:
+    def losses(self) -> dict[Path, float]:
+        """EMA validation loss of the complete checkpoints whose step was validated."""
+        found = {path: require_complete(path).get(VALIDATION_LOSS) for path in self.checkpoints()}
+        return {path: float(loss) for path, loss in found.items() if loss is not None}
+
+    def best(self) -> Path:
+        """The complete checkpoint with the lowest EMA validation loss; the first of equals.
+
+        Raises:
+            CheckpointError: there is none, or no checkpoint was written at a validated step.
+        """
+        losses = self.losses()
+        if losses:
+            return min(losses, key=lambda path: losses[path])
+        self.latest()  # explains where there is no checkpoint at all
+        raise CheckpointError(
+            f"no checkpoint of {self.path} was written at a step that was validated, so none is "
+            f"best; take {self.path / LAST}, and let checkpoint_every be a multiple of "
+            "validate_every"
+        )
+
+    def named(self, name: str) -> Path:
+        """The checkpoint called `best` or `last`; raises CheckpointError as `best` and `latest`."""
+        return {BEST: self.best, LAST: self.latest}[name]()
+
+    def prune(self, *, keep_last: int, keep_every: int = 0, keep_best: bool = False) -> list[Path]:
         """Remove old complete checkpoints and return their paths.
 
         Args:
             keep_last: how many of the newest stay; at least 1.
             keep_every: checkpoints at multiples of this many steps stay as well; 0: none do.
+            keep_best: the one with the lowest EMA validation loss stays as well.
         """
         if keep_last < 1:
             raise ValueError(f"keep_last is {keep_last}, expected at least 1")
         removed = []
+        best = self.best() if keep_best and self.losses() else None
         for path in self.checkpoints()[:-keep_last]:
+            if path == best:
+                continue
             if keep_every and self.step_of(path) % keep_every == 0:
                 continue
             # Renamed first, so that a kill while it is removed leaves no half checkpoint by name.

@@ -12,7 +12,7 @@ import torch
 from hrmtext.artifacts import hf_folder, upstream, weights
 from hrmtext.artifacts.dcp import DcpFolder
 from hrmtext.artifacts.gguf_file import MAGIC, open_gguf
-from hrmtext.artifacts.layout import RunFolder
+from hrmtext.artifacts.layout import BEST, LAST, RunFolder
 from hrmtext.artifacts.safetensors_file import SafetensorsFile
 from hrmtext.artifacts.stored import StoredModel, TensorStore, fit
 from hrmtext.errors import CheckpointError, ConfigError
@@ -25,10 +25,11 @@ def open_stored(path: str | Path, which: str = "auto") -> StoredModel:
     """Open what `path` holds; the form is told by its content.
 
     Args:
-        path: a run folder (its newest complete checkpoint is taken), a native folder, a Hugging
-            Face folder (fused, split or mixed; one file or sharded), a checkpoint folder of the
-            public training code or one of its `fsdp2_epoch_N`, a GGUF file (quantised tensors
-            come back as fp32).
+        path: a run folder (its newest complete checkpoint is taken, as with `RUN/last`; `RUN/best`
+            is the one with the lowest validation loss), a native folder, a Hugging Face folder
+            (fused, split or mixed; one file or sharded), a checkpoint folder of the public
+            training code or one of its `fsdp2_epoch_N`, a GGUF file (quantised tensors come back
+            as fp32).
         which: `raw`, `ema`, or `auto`: the EMA where there is one.
 
     Raises:
@@ -59,6 +60,8 @@ def model_folder(path: str | Path) -> Path:
     """
     path = Path(path)
     if not path.exists():
+        if path.name in (BEST, LAST) and RunFolder(path.parent).exists:
+            return RunFolder(path.parent).named(path.name)
         raise CheckpointError(f"no such folder: {path}")
     if not path.is_dir():
         what = "a GGUF file, which has no folder" if _is_gguf(path) else "a file"

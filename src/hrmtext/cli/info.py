@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import tyro
@@ -36,6 +37,7 @@ def info(
         from hrmtext.api import read_config
 
         config = read_config(model)
+        _checkpoints(console, Path(model))
     _model(console, config)
     return 0
 
@@ -47,6 +49,27 @@ def _machine(console: Console) -> None:
     console.print(f"hrm-text {__version__}")
     for name, value in describe(pick_device()).items():
         console.print(f"  {name:20} {value}")
+
+
+def _checkpoints(console: Console, folder: Path) -> None:
+    """The checkpoints of a run folder; nothing for other models."""
+    from rich.table import Table
+
+    from hrmtext.artifacts import RunFolder
+
+    run = RunFolder(folder)
+    there = run.checkpoints() if run.exists else []
+    if not there:
+        return
+    losses = run.losses()
+    best = run.best() if losses else None
+    table = Table("checkpoint", "name", "validation loss, EMA", "GiB")
+    for path in there:
+        names = {there[-1]: "last", best: "best"} if best != there[-1] else {best: "last, best"}
+        size = sum(file.stat().st_size for file in path.iterdir())
+        loss = f"{losses[path]:.4f}" if path in losses else "not validated"
+        table.add_row(path.name, names.get(path, ""), loss, f"{size / 2**30:.2f}")
+    console.print(table)
 
 
 def _presets(console: Console) -> None:

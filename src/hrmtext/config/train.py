@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -14,8 +15,8 @@ from hrmtext.errors import ConfigError
 
 HARMLESS_KEYS = frozenset({
     "max_minutes", "attention", "compile", "loss_chunk_bytes", "activation_checkpointing",
-    "checkpoint_every", "keep_last", "keep_every", "validate_every", "validation_rows",
-    "log_every", "tensorboard",
+    "checkpoint_every", "checkpoint_minutes", "keep_last", "keep_every", "keep_best",
+    "validate_every", "validation_rows", "log_every", "tensorboard", "rank_timeout_s",
 })  # fmt: skip
 """Keys that may change between a checkpoint and its resumption: none alters what is computed."""
 
@@ -124,10 +125,15 @@ class TrainConfig:
 
     checkpoint_every: int = 1_000
     """Steps between checkpoints; one is also written at the end and at Ctrl-C or SIGTERM."""
+    checkpoint_minutes: float | None = None
+    """Write a checkpoint as well when the last one is older than this; None: by steps alone."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_every: int = 0
     """Checkpoints at multiples of this many steps are kept as well; 0: none."""
+    keep_best: bool = True
+    """Keep the checkpoint with the lowest EMA validation loss as well (`RUN/best`); of those whose
+    step was validated, so let `checkpoint_every` be a multiple of `validate_every`."""
     validate_every: int = 1_000
     """Steps between validations on held-out rows; 0: only at the end."""
     validation_rows: int = 2_000
@@ -136,6 +142,9 @@ class TrainConfig:
     """Steps between lines of metrics.jsonl."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
+    rank_timeout_s: float = 1_800.0
+    """With several ranks or under torchrun: a step, validation or checkpoint that takes longer
+    ends its rank with a trace, and ranks wait no longer for each other. Compilation counts."""
 
     def __post_init__(self) -> None:
         at_least_one = (
@@ -146,10 +155,12 @@ class TrainConfig:
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("warmup_steps", "keep_every", "validate_every", "validation_rows"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
-        for name in ("max_steps", "max_minutes", "bin_tokens"):
+        for name in ("max_steps", "max_minutes", "checkpoint_minutes", "bin_tokens"):
             value = getattr(self, name)
             _check(name, value, value is None or value > 0, "above 0, or null")
         _check("lr", self.lr, self.lr > 0, "above 0")
+        timeout = self.rank_timeout_s
+        _check("rank_timeout_s", timeout, 0 < timeout < math.inf, "above 0, in seconds")
         _check("weight_decay", self.weight_decay, self.weight_decay >= 0, "at least 0")
         _check("lr_min_ratio", self.lr_min_ratio, 0 <= self.lr_min_ratio <= 1, "from 0 to 1")
         _check("ema_decay", self.ema_decay, 0 <= self.ema_decay < 1, "from 0 to below 1")

@@ -28,9 +28,10 @@ def load(
     """Load a model and its tokenizer; what `path` is follows from what it holds.
 
     Args:
-        path: a run folder (its newest complete checkpoint is taken), a native model or checkpoint
-            folder, a Hugging Face folder (fused, split or sharded), a checkpoint folder of the
-            public training code, a GGUF file (run by our own engine), or a Hub id (`owner/name`).
+        path: a run folder (its newest complete checkpoint is taken, as with `RUN/last`; `RUN/best`
+            is the one with the lowest validation loss), a native model or checkpoint folder, a
+            Hugging Face folder (fused, split or sharded), a checkpoint folder of the public
+            training code, a GGUF file (run by our own engine), or a Hub id (`owner/name`).
         device: `cpu`, `cuda`, `cuda:N`; None: CUDA where there is one.
         dtype: `fp32`, `bf16` or a torch dtype; None: bf16 on CUDA, fp32 on the CPU.
         weights: `raw`, `ema`, or `auto`: the EMA where there is one.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from hrmtext.artifacts.layout import RunFolder
+from hrmtext.artifacts.layout import VALIDATION_LOSS, RunFolder
 from hrmtext.artifacts.weights import load_state, read_tensors, save_model, write_tensors
 from hrmtext.config.base import to_mapping
 from hrmtext.config.train import TrainConfig, run_differences
@@ -36,11 +37,18 @@ class RunIdentity:
 
 
 def save_checkpoint(
-    run: RunFolder, state: TrainState, identity: RunIdentity, tokenizer_folder: Path | None
+    run: RunFolder,
+    state: TrainState,
+    identity: RunIdentity,
+    tokenizer_folder: Path | None,
+    validation_loss: float | None = None,
 ) -> Path:
     """Write the checkpoint of `state.step`, then apply the retention rule; returns its folder.
 
     A checkpoint of that step that is complete stays as it is; an incomplete one is replaced.
+
+    Args:
+        validation_loss: EMA loss of a validation at this step; None: there was none.
 
     Raises:
         StorageError: the disk is full; earlier checkpoints are untouched.
@@ -48,9 +56,10 @@ def save_checkpoint(
     path = run.checkpoint_path(state.step)
     if path.exists() and is_complete(path):
         return path
-    with atomic_folder(
-        path, replace=True, format_version=FORMAT_VERSION, step=state.step
-    ) as folder:
+    marker: dict[str, Any] = {"format_version": FORMAT_VERSION, "step": state.step}
+    if validation_loss is not None and math.isfinite(validation_loss):
+        marker[VALIDATION_LOSS] = validation_loss
+    with atomic_folder(path, replace=True, **marker) as folder:
         save_model(
             folder,
             identity.config.model.resolve(),
@@ -61,7 +70,7 @@ def save_checkpoint(
         write_tensors(folder / OPTIMIZER_FILE, state.optimizer.export_state(state.names()))
         write_json(folder / TRAINING_FILE, _training_record(state, identity))
     config = identity.config
-    run.prune(keep_last=config.keep_last, keep_every=config.keep_every)
+    run.prune(keep_last=config.keep_last, keep_every=config.keep_every, keep_best=config.keep_best)
     return path
 
 

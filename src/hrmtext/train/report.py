@@ -62,7 +62,7 @@ def write_report(run: RunFolder | str | Path) -> Path:
     parts = [
         f"<h1>{html.escape(run.path.resolve().name)}</h1>",
         f"<p class=dim>{html.escape(_where(versions))}</p>",
-        _facts(training, validations),
+        _facts(training, validations) + _checkpoints(run),
         _charts(training, validations),
         _strata(validations),
         _evaluation(_json(run.evaluation_file)),
@@ -116,6 +116,22 @@ def _facts(training: list[dict[str, Any]], validations: list[dict[str, Any]]) ->
             facts.append((f"answers right, {name}", f"{100 * value['exact_answer']:.1f} %"))
     boxes = "".join(f"<div><span class=dim>{n}</span><b>{v}</b></div>" for n, v in facts)
     return f"<div class=facts>{boxes}</div>" if facts else "<p>No steps yet.</p>"
+
+
+def _checkpoints(run: RunFolder) -> str:
+    """Which checkpoints there are, and which of them are the last and the best."""
+    losses = run.losses()
+    there = run.checkpoints()
+    if not there:
+        return ""
+    best = run.best() if losses else None
+    rows = []
+    for path in there:
+        names = [name for name, other in (("last", there[-1]), ("best", best)) if path == other]
+        step = f"step {run.step_of(path):,}"
+        loss = f"{losses[path]:.4f}" if path in losses else "not validated"
+        rows.append([", ".join([*names, step]), loss])
+    return f"<h2>Checkpoints</h2>{_table(['checkpoint', 'validation loss, EMA'], rows)}"
 
 
 def _charts(training: list[dict[str, Any]], validations: list[dict[str, Any]]) -> str:

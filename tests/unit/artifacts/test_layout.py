@@ -10,8 +10,8 @@ from hrmtext.errors import CheckpointError, StorageError
 from hrmtext.runtime.io import MARKER, atomic_folder
 
 
-def checkpoint(run, step):
-    with atomic_folder(run.checkpoint_path(step), step=step) as folder:
+def checkpoint(run, step, **marker):
+    with atomic_folder(run.checkpoint_path(step), step=step, **marker) as folder:
         (folder / "weights").write_text(str(step))
 
 
@@ -75,6 +75,23 @@ def test_pruning_keeps_the_last_and_the_multiples(run):
     }  # fmt: skip
     with pytest.raises(ValueError, match="at least 1"):
         run.prune(keep_last=0)
+
+
+def test_the_best_is_the_lowest_validation_loss_and_pruning_can_keep_it(run):
+    with pytest.raises(CheckpointError, match="no checkpoints yet"):
+        run.best()
+    checkpoint(run, 5)
+    with pytest.raises(CheckpointError, match=r"none is best; take .*last"):
+        run.best()
+    for step, loss in ((10, 2.0), (20, 1.5), (30, 1.5), (50, 1.75)):
+        checkpoint(run, step, validation_loss=loss)
+    checkpoint(run, 40)
+    assert run.best() == run.named("best") == run.checkpoint_path(20)
+    assert run.latest() == run.named("last") == run.checkpoint_path(50)
+    run.prune(keep_last=1, keep_best=True)
+    assert [run.step_of(path) for path in run.checkpoints()] == [20, 50]
+    run.prune(keep_last=1)
+    assert run.best() == run.checkpoint_path(50)
 
 
 def test_leftovers_of_a_killed_run_are_removed_and_nothing_else(run):
