@@ -36,6 +36,7 @@ from hrmtext.train.start import start_from
 from hrmtext.train.state import TrainState
 from hrmtext.train.step import StepResult, TrainStep
 from hrmtext.train.validate import Validation, validate
+from hrmtext.train.watchdog import GROUP_MARGIN, Watchdog, explain_lost_ranks
 
 Resume = Literal["auto", "never", "must"]
 STEPS_PER_MEMORY_RELEASE = 100
@@ -112,10 +113,17 @@ def train_on(
 
     Raises:
         ConfigError, CheckpointError, StorageError, NonFiniteError: as their messages say.
+        RankError: another rank was lost.
         TrainingInterrupted: SIGINT or SIGTERM came; a checkpoint of the last step is written.
     """
-    with process_group(pick_device(device)) as own_device, StopRequest() as stop:
-        session = Session(config, source, RunFolder(run_folder), own_device, stop)
+    timeout_s = config.rank_timeout_s * GROUP_MARGIN
+    with (
+        process_group(pick_device(device), timeout_s=timeout_s) as own_device,
+        StopRequest() as stop,
+        Watchdog(config.rank_timeout_s) as watchdog,
+        explain_lost_ranks(watchdog),
+    ):
+        session = Session(config, source, RunFolder(run_folder), own_device, stop, watchdog)
         session.begin(resume)
         return session.run(progress)
 
@@ -130,9 +138,10 @@ class Session:
         folder: RunFolder,
         device: torch.device,
         stop: StopRequest,
+        watchdog: Watchdog,
     ) -> None:
         self.config, self.source, self.folder, self.device = config, source, folder, device
-        self.stop = stop
+        self.stop, self.watchdog = stop, watchdog
         self.is_writer = dist.rank() == 0
         self.model_config = config.model.resolve()
         check_data(config, source)
@@ -250,11 +259,13 @@ class Session:
         batches = iter(self.loader)
         stopped_by: Literal["end", "max_minutes"] = "end"
         saved = self.state.step if self.state.step else -1
+        self.saved_at = time.perf_counter()
         self.watch.take()
         while self.state.step < self.total_steps:
             if self._out_of_time():
                 stopped_by = "max_minutes"
                 break
+            self.watchdog.beat("step", self.state.step + 1)
             self._one_step(next(batches), log, shown)
             step, config = self.state.step, self.config
             if self.device.type == "cpu" and step % STEPS_PER_MEMORY_RELEASE == 0:
@@ -264,7 +275,8 @@ class Session:
             if is_last or (config.validate_every and step % config.validate_every == 0):
                 self._validate(log, shown)
             interrupted = any_rank(self.stop.signal_name is not None, self.device)
-            if is_last or interrupted or step % config.checkpoint_every == 0:
+            overdue = self._is_overdue()
+            if is_last or interrupted or overdue or step % config.checkpoint_every == 0:
                 self._save(log)
                 saved = step
             if interrupted and not is_last:
@@ -353,10 +365,18 @@ class Session:
         late = time.perf_counter() - self.began > self.config.max_minutes * 60
         return any_rank(late, self.device)
 
+    def _is_overdue(self) -> bool:
+        """Whether the last checkpoint is older than `checkpoint_minutes`, by the writer's clock."""
+        if self.config.checkpoint_minutes is None:
+            return False
+        late = time.perf_counter() - self.saved_at > self.config.checkpoint_minutes * 60
+        return any_rank(late and self.is_writer, self.device)
+
     def _validate(self, log: MetricsLog | None, shown: TrainingProgress) -> None:
         batches = self.source.validation(self.config)
         if not batches:
             return
+        self.watchdog.beat("validation", self.state.step)
         results = {}
         for name, weights in (("raw", None), ("ema", self.state.optimizer.averages())):
             with self.compute.using(weights) as module:
@@ -380,11 +400,16 @@ class Session:
         )
 
     def _save(self, log: MetricsLog | None) -> None:
+        self.watchdog.beat("checkpoint", self.state.step)
         self.state.elapsed_s = time.perf_counter() - self.began
         self.state.cursor = self.loader.state()
         self.state.interval = self.interval.state()
         if self.is_writer:
             if log is not None:
                 log.sync()
-            save_checkpoint(self.folder, self.state, self.identity, self.source.tokenizer_folder)
+            last = self.last_validation
+            loss = last.ema["loss"] if last is not None and last.step == self.state.step else None
+            tokenizer = self.source.tokenizer_folder
+            save_checkpoint(self.folder, self.state, self.identity, tokenizer, loss)
         wait_for_all()
+        self.saved_at = time.perf_counter()

@@ -12,6 +12,7 @@ import torch
 from memory_source import MemorySource, random_rows, small_config
 
 from hrmtext.artifacts import RunFolder, load_model, read_tensors
+from hrmtext.artifacts.opening import open_stored
 from hrmtext.errors import CheckpointError, ConfigError, NonFiniteError, StorageError
 from hrmtext.runtime.io import MARKER, explain_storage_errors
 from hrmtext.train import checkpoint as checkpoint_module
@@ -101,8 +102,8 @@ def without_timing(path):
     return [{k: v for k, v in r.items() if k != "timing"} for r in read_metrics(path)]
 
 
-def assert_same_run(first, second):
-    """Same checkpoints' tensors, same counters, same log."""
+def assert_same_weights(first, second):
+    """Same tensors in the last checkpoints, bit for bit."""
     one, two = RunFolder(first), RunFolder(second)
     assert one.latest().name == two.latest().name
     for name in ("model.safetensors", "ema.safetensors", "optimizer.safetensors"):
@@ -110,6 +111,12 @@ def assert_same_run(first, second):
         assert a.keys() == b.keys()
         for key, tensor in a.items():
             assert torch.equal(tensor, b[key]), f"{name}: {key}"
+
+
+def assert_same_run(first, second):
+    """Same checkpoints' tensors, same counters, same log."""
+    assert_same_weights(first, second)
+    one, two = RunFolder(first), RunFolder(second)
     records = [json.loads((r.latest() / "training.json").read_text()) for r in (one, two)]
     for record in records:
         del record["elapsed_s"]
@@ -295,6 +302,46 @@ def test_the_time_budget_stops_with_a_checkpoint_and_more_time_goes_on(tmp_path,
     assert (result.stopped_by, result.step) == ("end", NUM_STEPS)
     for key, tensor in read_tensors(whole.checkpoint / "model.safetensors").items():
         assert torch.equal(tensor, read_tensors(result.checkpoint / "model.safetensors")[key])
+
+
+def test_checkpoints_by_time_change_nothing_that_is_computed(tmp_path, whole, monkeypatch):
+    now = [0.0]
+
+    def later():
+        now[0] += 1.0  # so a step takes seconds, by this clock
+        return now[0]
+
+    monkeypatch.setattr("hrmtext.train.loop.time.perf_counter", later)
+    config = small_config(checkpoint_minutes=0.2, keep_last=99)
+    folder = tmp_path / "run"
+    train_on(config, make_source(), run_folder=folder, progress="none")
+    steps = {RunFolder.step_of(path) for path in RunFolder(folder).checkpoints()}
+    assert {5, 10, 15, 16} < steps < set(range(1, 17)), steps
+    monkeypatch.undo()
+    assert_same_weights(whole.run_folder, folder)
+    with pytest.raises(ConfigError, match="checkpoint_minutes is 0"):
+        small_config(checkpoint_minutes=0)
+
+
+def test_the_best_checkpoint_is_kept_and_loads_by_name(tmp_path, monkeypatch):
+    from hrmtext.train import loop
+
+    original, losses = loop.validate, iter((9.0, 9.0, 4.0, 4.0, 5.0, 5.0, 6.0, 6.0))
+    monkeypatch.setattr(
+        loop, "validate", lambda *a, **k: {**original(*a, **k), "loss": next(losses)}
+    )
+    folder = tmp_path / "run"
+    train_on(small_config(keep_last=1), make_source(), run_folder=folder, progress="none")
+    run = RunFolder(folder)
+    assert [run.step_of(path) for path in run.checkpoints()] == [10, 16]
+    assert run.losses() == {run.checkpoint_path(10): 4.0, run.checkpoint_path(16): 6.0}
+    assert "best, step 10" in run.report_file.read_text()
+    for name, step in (("best", 10), ("last", 16)):
+        taken = open_stored(folder / name)
+        assert taken.folder == run.checkpoint_path(step)
+    assert open_stored(folder).folder == run.checkpoint_path(16)
+    with pytest.raises(CheckpointError, match="no such folder"):
+        open_stored(folder / "worst")
 
 
 def test_data_that_does_not_fit_the_model_is_refused(tmp_path):
