@@ -177,14 +177,22 @@ class TokenizerConfig:
 
 @config_class
 class StratumRule:
-    """How strata whose name starts with `prefix` are sampled; the first rule that fits counts."""
+    """How strata whose name starts with `prefix` are sampled; the first rule that fits counts.
+
+    Either by rows, each stratum for itself (`max_rows`, `repeat`: the published way), or by a
+    budget of tokens for all of them together (`tokens` or `share`), whatever files they lie in.
+    """
 
     prefix: str
     """Start of the strata's names; empty: all."""
     max_rows: int | None = None
-    """Rows an epoch, before `repeat`; None: all."""
+    """Rows an epoch of each stratum, before `repeat`; None: all."""
     repeat: int = 1
     """Times that many rows an epoch."""
+    tokens: int | None = None
+    """Tokens an epoch of all these strata together; more than they have repeats rows."""
+    share: float | None = None
+    """Share of `sampling.total_tokens`, relative to the shares of the other rules."""
     long_rows: LongRows | None = None
     """What happens to rows beyond the context; None: as in `sampling.long_rows`."""
 
@@ -192,6 +200,22 @@ class StratumRule:
         _at_least(f"rule {self.prefix!r}: repeat", self.repeat, 1)
         if self.max_rows is not None:
             _at_least(f"rule {self.prefix!r}: max_rows", self.max_rows, 1)
+        if self.tokens is not None:
+            _at_least(f"rule {self.prefix!r}: tokens", self.tokens, 1)
+        if self.share is not None and not self.share > 0:
+            raise ConfigError(f"rule {self.prefix!r}: share is {self.share}, expected above 0")
+        if self.tokens is not None and self.share is not None:
+            raise ConfigError(f"rule {self.prefix!r} states tokens and share; state one of them")
+        if self.by_tokens and (self.max_rows is not None or self.repeat != 1):
+            raise ConfigError(
+                f"rule {self.prefix!r} states a budget of tokens and a number of rows (max_rows or "
+                "repeat); state one of them"
+            )
+
+    @property
+    def by_tokens(self) -> bool:
+        """Whether the rule is a budget of tokens."""
+        return self.tokens is not None or self.share is not None
 
 
 @config_class
@@ -199,7 +223,9 @@ class SamplingConfig:
     """Which rows make up an epoch, and how long they may be."""
 
     rules: tuple[StratumRule, ...] = ()
-    """Caps and repeats by stratum, in order; a stratum without a rule is taken whole."""
+    """Caps, repeats and budgets by stratum, in order; a stratum without a rule is taken whole."""
+    total_tokens: int | None = None
+    """Tokens an epoch that the rules with a `share` divide among them."""
     epochs: int = 4
     """Epochs to write."""
     max_seq_len: int = 4_096
@@ -215,6 +241,23 @@ class SamplingConfig:
         _at_least("sampling.epochs", self.epochs, 1)
         _at_least("sampling.max_seq_len", self.max_seq_len, 2)
         _at_least("sampling.min_response_tokens", self.min_response_tokens, 1)
+        shares = [rule.prefix for rule in self.rules if rule.share is not None]
+        if shares and self.total_tokens is None:
+            raise ConfigError(
+                f"sampling rule {shares[0]!r} states a share; set sampling.total_tokens, of which "
+                "it is a share"
+            )
+        if self.total_tokens is not None:
+            _at_least("sampling.total_tokens", self.total_tokens, 1)
+            if not shares:
+                raise ConfigError("sampling.total_tokens is set, but no rule states a share of it")
+
+    def budget(self, rule: StratumRule) -> int | None:
+        """Tokens an epoch of a rule's strata; None where it counts rows."""
+        if rule.share is None or self.total_tokens is None:
+            return rule.tokens
+        shares = sum(other.share for other in self.rules if other.share is not None)
+        return max(1, round(self.total_tokens * rule.share / shares))
 
 
 @config_class

@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NamedTuple
+from types import TracebackType
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,24 +32,36 @@ from hrmtext.errors import CheckpointError, DataError
 from hrmtext.runtime.io import MARKER, fingerprint, require_complete
 
 INDEX_NAMES = ("inst_start", "inst_len", "resp_start", "resp_len")
+EXTRA_NAMES: tuple[str, ...] = ()
+"""Further columns that a stratum's index may have; sampling takes them along as int64."""
 TOKENS_FILE = "tokens.npy"
 METADATA_FILE = "metadata.json"
 TOKENIZER_INFO_FILE = "tokenizer_info.json"
 STRATUM_FILE = "stratum.npy"
 REPORT_FILE = "report.json"
+ROWS_PER_CHECK = 1 << 20
 VOCAB_MULTIPLE = 256
 """The model's vocabulary is the tokenizer's, padded up to a multiple of this."""
 
 Array = npt.NDArray[Any]
 
 
-class RowIndex(NamedTuple):
-    """Where rows lie in the token array; four arrays of the same length, int64."""
+@dataclasses.dataclass(frozen=True)
+class RowIndex:
+    """Where rows lie in the token array; four arrays of the same length, int64.
+
+    `extras` are further columns of that length; whatever selects or reorders rows takes them along.
+    """
 
     inst_start: Array
     inst_len: Array
     resp_start: Array
     resp_len: Array
+    extras: Mapping[str, Array] = dataclasses.field(default_factory=dict)
+
+    def __iter__(self) -> Iterator[Array]:
+        """The four arrays, in the order of `INDEX_NAMES`."""
+        return iter((self.inst_start, self.inst_len, self.resp_start, self.resp_len))
 
     @property
     def num_rows(self) -> int:
@@ -58,9 +73,10 @@ class RowIndex(NamedTuple):
         """Prompt and response tokens of all rows."""
         return int(self.inst_len.sum()) + int(self.resp_len.sum())
 
-    def take(self, which: Array) -> RowIndex:
-        """The rows that `which` selects, an index or a mask."""
-        return RowIndex(*(array[which] for array in self))
+    def take(self, which: Array | slice) -> RowIndex:
+        """The rows that `which` selects, an index, a mask or a slice."""
+        extras = {name: array[which] for name, array in self.extras.items()}
+        return RowIndex(*(array[which] for array in self), extras=extras)
 
     def input_lengths(self) -> Array:
         """(R) tokens that each row feeds to the model: all but its last."""
@@ -220,10 +236,12 @@ class SampledData:
 def read_index(folder: Path, tokens: Array) -> RowIndex:
     """The four index arrays of `folder` as int64, checked against the token array.
 
+    They stay memory-mapped: however many rows there are, little is held.
+
     Raises:
         DataError: missing or damaged files, different lengths, empty or out-of-range rows.
     """
-    arrays = []
+    arrays: list[Array] = []
     for name in INDEX_NAMES:
         path = folder / f"{name}.npy"
         array = open_array(path)
@@ -236,19 +254,37 @@ def read_index(folder: Path, tokens: Array) -> RowIndex:
                 f"{path} points beyond tokens.npy, which has {len(tokens)} tokens: one of the two "
                 "is truncated or from another run"
             )
-        arrays.append(array.astype(np.int64, copy=False))
-    index = RowIndex(*arrays)
-    for kind, start, length in (("inst", *index[:2]), ("resp", *index[2:])):
-        beyond = start + length > len(tokens)
-        if beyond.any():
-            row = int(beyond.argmax())
-            raise DataError(
-                f"{folder}: row {row}: its {kind} range {int(start[row])} + {int(length[row])} "
-                f"ends beyond the {len(tokens)} tokens of tokens.npy, which may be truncated"
-            )
-        if len(length) and int(length.min()) < 1:
-            row = int(length.argmin())
-            raise DataError(f"{folder / f'{kind}_len.npy'}: row {row} is empty")
+        # Values are small, so uint64 can be read as int64 without a copy.
+        arrays.append(
+            array.view(np.int64) if array.dtype == np.uint64 else array.astype(np.int64, copy=False)
+        )
+    extras = {}
+    for name in EXTRA_NAMES:
+        path = folder / f"{name}.npy"
+        if path.is_file():
+            extras[name] = open_array(path)
+            if len(extras[name]) != len(arrays[0]):
+                raise DataError(
+                    f"{path} has {len(extras[name])} rows, but {INDEX_NAMES[0]}.npy has "
+                    f"{len(arrays[0])}"
+                )
+    index = RowIndex(*arrays, extras=extras)
+    for at in range(0, index.num_rows, ROWS_PER_CHECK):
+        part = index.take(slice(at, at + ROWS_PER_CHECK))
+        for kind, start, length in (
+            ("inst", part.inst_start, part.inst_len), ("resp", part.resp_start, part.resp_len),
+        ):  # fmt: skip
+            beyond = start + length > len(tokens)
+            if beyond.any():
+                row = int(beyond.argmax())
+                raise DataError(
+                    f"{folder}: row {at + row}: its {kind} range {int(start[row])} + "
+                    f"{int(length[row])} ends beyond the {len(tokens)} tokens of tokens.npy, which "
+                    "may be truncated"
+                )
+            if int(length.min()) < 1:
+                row = at + int(length.argmin())
+                raise DataError(f"{folder / f'{kind}_len.npy'}: row {row} is empty")
     return index
 
 
@@ -267,16 +303,65 @@ def open_array(path: Path) -> Array:
     return array
 
 
+def read_chunks(array: Array, size: int) -> Iterator[Array]:
+    """The values of a memory-mapped array, `size` at a time, read without mapping them."""
+    assert isinstance(array, np.memmap) and isinstance(array.filename, str | os.PathLike)
+    with Path(array.filename).open("rb") as stream:
+        stream.seek(array.offset)
+        for at in range(0, len(array), size):
+            count = min(size, len(array) - at)
+            chunk = np.fromfile(stream, dtype=array.dtype, count=count)
+            if len(chunk) != count:
+                raise DataError(f"{array.filename} was cut short while it was read")
+            yield chunk
+
+
 def save_array(path: Path, array: Array) -> None:
     """Write a one-dimensional array as .npy; a full disk raises an OSError that says so.
 
     np.save does not: it writes behind Python's back and reports a count of bytes.
     """
-    array = np.ascontiguousarray(array)
-    with path.open("wb") as stream:
-        header = np.lib.format.header_data_from_array_1_0(array)
-        np.lib.format.write_array_header_1_0(stream, header)
-        stream.write(array.view(np.uint8).data)
+    with ArrayWriter(path, array.dtype) as writer:
+        writer.write(array)
+
+
+class ArrayWriter:
+    """Writes a one-dimensional .npy file piece by piece, without knowing its length beforehand."""
+
+    def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
+        """Begin the file; its header says 0 values until it is closed."""
+        self.dtype = np.dtype(dtype)
+        self.count = 0
+        """Values written."""
+        self._stream = path.open("wb")
+        self._write_header()
+
+    def __enter__(self) -> ArrayWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._stream.seek(0)
+                self._write_header()
+        finally:
+            self._stream.close()
+
+    def write(self, values: Array) -> None:
+        """Append values; they must be of the file's type already, or fit it."""
+        values = np.ascontiguousarray(values, dtype=self.dtype)
+        self._stream.write(values.view(np.uint8).data)
+        self.count += len(values)
+
+    def _write_header(self) -> None:
+        # numpy pads the header for a count of up to 21 digits, so its size does not change.
+        shape = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.count,)}
+        np.lib.format.write_array_header_1_0(self._stream, shape)
 
 
 def read_json(path: Path) -> dict[str, Any]:

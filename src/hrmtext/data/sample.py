@@ -2,40 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import hashlib
+import functools
 import shutil
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hrmtext.config.base import to_mapping
-from hrmtext.config.data import SamplingConfig, StratumRule
+from hrmtext.config.data import LongRows, SamplingConfig, StratumRule
 from hrmtext.data.format import (
     INDEX_NAMES,
     METADATA_FILE,
     REPORT_FILE,
     STRATUM_FILE,
-    TOKENS_FILE,
     Array,
+    ArrayWriter,
     RowIndex,
-    Stratum,
     read_stratum,
     read_tokenizer_info,
-    save_array,
     stratum_folders,
 )
+from hrmtext.data.gather import ROW, Gathered, num_tokens
+from hrmtext.data.mixture import Walk
+from hrmtext.data.shuffle import Shuffle
 from hrmtext.data.sources.local import stratum_label
 from hrmtext.data.table import table_lines
 from hrmtext.data.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
 from hrmtext.data.workers import Progress
 from hrmtext.errors import DataError
-from hrmtext.runtime.io import atomic_folder, fingerprint, write_json
-from hrmtext.runtime.rng import numpy_generator
+from hrmtext.runtime.io import atomic_folder, exclusive, fingerprint, write_json
 
-FORMAT_VERSION = 1
-TOKENS_PER_COPY = 1 << 24
+FORMAT_VERSION = 2
 
 TOO_SHORT = "response too short"
 NO_ROOM = "instruction leaves no room for a response"
@@ -56,6 +57,7 @@ class StratumReport:
     dropped: dict[str, int]
     """Rows not usable, by reason."""
     rows_per_epoch: int
+    """Mean over the epochs; equal in all of them unless a budget of tokens decides."""
     tokens_per_epoch: float
     """Mean over the epochs."""
     covered_rows: int
@@ -63,12 +65,34 @@ class StratumReport:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceReport:
+    """What sampling took from strata with a common budget of tokens."""
+
+    usable_tokens: int
+    """Tokens of all usable rows, once each."""
+    planned_tokens: int
+    """The budget of an epoch."""
+    epoch_tokens: tuple[int, ...]
+    """Tokens taken in each epoch."""
+    epoch_rows: tuple[int, ...]
+    """Rows taken in each epoch."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class SampleReport:
     """What sampling did."""
 
     strata: dict[str, StratumReport]
+    sources: dict[str, SourceReport]
+    """By prefix, the sources with a budget of tokens."""
     rows_per_epoch: int
+    """Mean over the epochs."""
     tokens_per_epoch: int
+    """Mean over the epochs."""
+    epoch_rows: tuple[int, ...]
+    """Rows of each epoch."""
+    epoch_tokens: tuple[int, ...]
+    """Tokens of each epoch."""
     epochs: int
     fingerprint: str
 
@@ -92,6 +116,12 @@ class SampleReport:
             "tokens on average",
             *table_lines(table),
         ]
+        for prefix, source in self.sources.items():
+            realised = ", ".join(f"{count:,}" for count in source.epoch_tokens)
+            lines.append(
+                f"source {prefix!r}: {source.planned_tokens:,} tokens an epoch planned, {realised} "
+                f"taken, of {source.usable_tokens:,} different ones"
+            )
         for name, stratum in self.strata.items():
             for reason, count in stratum.dropped.items():
                 lines.append(f"dropped from {stratum_label(name)}: {count:,} rows: {reason}")
@@ -109,9 +139,11 @@ def sample(
 ) -> SampleReport:
     """Write `config.epochs` epochs of rows drawn from a tokenised folder.
 
-    Each stratum is walked in a random permutation that goes on from epoch to epoch and is drawn
-    anew only when it is used up; then the rows of each epoch are shuffled. The result depends on
-    the strata and the config only.
+    A stratum (or, where a rule gives a budget of tokens, all strata of the rule together) is walked
+    in a random order that goes on from epoch to epoch and is drawn anew only when it is used up;
+    then the rows of each epoch are shuffled. The result depends on the strata and the config only;
+    a budget takes the same rows however they are spread over files. Memory does not grow with the
+    number of rows or tokens.
 
     Args:
         replace: allow `out` to exist; it is swapped when the new folder is whole.
@@ -119,16 +151,30 @@ def sample(
 
     Raises:
         DataError: damaged strata, or no usable row.
-        StorageError: `out` exists, or the disk is full.
+        StorageError: `out` exists, another process writes it, or the disk is full.
     """
     tokenized = Path(tokenized)
     info = read_tokenizer_info(tokenized)
-    strata = [read_stratum(folder) for folder in stratum_folders(tokenized)]
-    with atomic_folder(
-        out, replace=replace, format_version=FORMAT_VERSION, inputs=inputs
-    ) as temporary:
-        digest, bases = _copy_tokens(strata, info, temporary / TOKENS_FILE, progress)
-        report = _write_epochs(strata, bases, [digest, info], config, temporary, progress)
+    folders = stratum_folders(tokenized)
+    sources = group_strata([folder.name for folder in folders], config)
+    rules = {number: source.rule for source in sources for number in source.strata}
+    with (
+        exclusive(out),
+        atomic_folder(
+            out, replace=replace, format_version=FORMAT_VERSION, inputs=inputs
+        ) as temporary,
+    ):
+        with Gathered(temporary, info["vocab_size"]) as gathered:
+            lengths = []
+            for number, folder in enumerate(folders):
+                check = LengthCheck(config, rules[number].long_rows or config.long_rows)
+                stratum = read_stratum(folder)
+                gathered.add(stratum, check, by_content=rules[number].by_tokens)
+                lengths.append(check)
+                if progress is not None:
+                    progress("gathering strata", number + 1, len(folders))
+            drawn = _write_epochs(gathered, sources, config, temporary, progress)
+        report = _report(gathered, sources, lengths, drawn, info, config)
         write_json(
             temporary / METADATA_FILE,
             {
@@ -145,159 +191,198 @@ def sample(
     return report
 
 
-def usable_rows(
-    index: RowIndex, config: SamplingConfig, drop_long: bool
-) -> tuple[RowIndex, Array, dict[str, int], int]:
-    """Rows that fit the context, with their responses cut where they must be.
+class LengthCheck:
+    """Leaves rows that fit the context, with their responses cut where they must be; counts."""
 
-    Returns:
-        The rows, the mask of those kept, rows dropped by reason, and how many rows kept were cut.
+    def __init__(self, config: SamplingConfig, long_rows: LongRows) -> None:
+        """`long_rows`: what happens to rows beyond the context."""
+        self.limit = config.max_seq_len + 1  # the last token is only predicted
+        self.shortest = config.min_response_tokens
+        self.long_rows = long_rows
+        self.num_rows = self.num_truncated = 0
+        """Rows seen; rows left with a cut response."""
+        self.dropped: dict[str, int] = {}
+        """Rows not left, by reason."""
+
+    def __call__(self, index: RowIndex) -> RowIndex:
+        """The rows that fit."""
+        room = self.limit - index.inst_len
+        response = np.minimum(index.resp_len, np.maximum(room, 0))
+        # Lengths are checked after the cut: a cut response can be too short as well.
+        reasons = {TOO_SHORT: index.resp_len < self.shortest, NO_ROOM: room < 1}
+        if self.long_rows == "drop":
+            reasons[TOO_LONG] = index.resp_len > room
+        else:
+            reasons[TOO_SHORT_TRUNCATED] = response < self.shortest
+        keep = np.ones(index.num_rows, dtype=bool)
+        for reason, mask in reasons.items():
+            count = int((mask & keep).sum())
+            if count:
+                self.dropped[reason] = self.dropped.get(reason, 0) + count
+            keep &= ~mask
+        self.num_rows += index.num_rows
+        self.num_truncated += int((keep & (response < index.resp_len)).sum())
+        return dataclasses.replace(index, resp_len=response).take(keep)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Source:
+    """Strata that are walked as one."""
+
+    name: str
+    """The rule's prefix where it is a budget of tokens, else the stratum's name."""
+    strata: tuple[int, ...]
+    """Their numbers."""
+    rule: StratumRule
+
+    def per_epoch(self, gathered: Gathered, config: SamplingConfig) -> tuple[int, int]:
+        """How far an epoch and a lap carry its walk, in tokens for budgets, else in rows."""
+        if self.rule.by_tokens:
+            budget = config.budget(self.rule)
+            assert budget is not None, "a rule by tokens has a budget"
+            return budget, sum(gathered.num_tokens[number] for number in self.strata)
+        rows = sum(gathered.num_rows[number] for number in self.strata)
+        return min(rows, self.rule.max_rows or rows) * self.rule.repeat, rows
+
+
+def group_strata(names: Sequence[str], config: SamplingConfig) -> list[Source]:
+    """Strata by the walk that they belong to; one without a rule is taken whole.
+
+    Raises:
+        DataError: a rule that no stratum falls to.
     """
-    limit = config.max_seq_len + 1  # the last token is only predicted
-    shortest = config.min_response_tokens
-    room = limit - index.inst_len
-    response = np.minimum(index.resp_len, np.maximum(room, 0))
-    # Lengths are checked after the cut: a cut response can be too short as well.
-    reasons = {TOO_SHORT: index.resp_len < shortest, NO_ROOM: room < 1}
-    if drop_long:
-        reasons[TOO_LONG] = index.resp_len > room
-    else:
-        reasons[TOO_SHORT_TRUNCATED] = response < shortest
-    keep = np.ones(index.num_rows, dtype=bool)
-    dropped = {}
-    for reason, mask in reasons.items():
-        count = int((mask & keep).sum())
-        if count:
-            dropped[reason] = count
-        keep &= ~mask
-    truncated = int((keep & (response < index.resp_len)).sum())
-    return index._replace(resp_len=response).take(keep), keep, dropped, truncated
+    groups: dict[tuple[str, int | None], list[int]] = {}
+    used = set()
+    for number, name in enumerate(names):
+        fits = (i for i, rule in enumerate(config.rules) if name.startswith(rule.prefix))
+        which = next(fits, None)
+        used.add(which)
+        by_tokens = which is not None and config.rules[which].by_tokens
+        key = config.rules[which].prefix if which is not None and by_tokens else name
+        groups.setdefault((key, which), []).append(number)
+    for which, rule in enumerate(config.rules):
+        if which not in used:
+            raise DataError(
+                f"sampling rule {rule.prefix!r} fits no stratum that an earlier rule does not "
+                f"take; the strata begin with: {', '.join(names[:10])}"
+            )
+    return [
+        Source(
+            name=name,
+            strata=tuple(numbers),
+            rule=StratumRule(prefix="") if which is None else config.rules[which],
+        )
+        for (name, which), numbers in groups.items()
+    ]
 
 
-def walk(seed: int, stratum: str, num_rows: int, start: int, count: int) -> Array:
-    """Rows `start` to `start + count` of the endless walk through a stratum.
+@dataclasses.dataclass(frozen=True)
+class _Drawn:
+    """(epochs, strata) what the epochs hold, and (strata) rows of the first lap among them."""
 
-    The walk is one random permutation of the `num_rows` rows after another.
-    """
-    pieces = []
-    at = start
-    while at < start + count:
-        lap, offset = divmod(at, num_rows)
-        take = min(num_rows - offset, start + count - at)
-        order = numpy_generator(seed, "sample", stratum, lap).permutation(num_rows)
-        pieces.append(order[offset : offset + take])
-        at += take
-    return np.concatenate(pieces) if pieces else np.empty(0, np.int64)
-
-
-def rule_for(stratum: str, rules: tuple[StratumRule, ...]) -> StratumRule:
-    """The first rule whose prefix fits, else one that takes the stratum whole."""
-    for rule in rules:
-        if stratum.startswith(rule.prefix):
-            return rule
-    return StratumRule(prefix="")
+    rows: Array
+    tokens: Array
+    first_lap: Array
 
 
 def _write_epochs(
-    strata: list[Stratum],
-    bases: list[int],
-    fingerprint_parts: list[Any],
+    gathered: Gathered,
+    sources: list[Source],
     config: SamplingConfig,
     folder: Path,
     progress: Progress | None,
-) -> SampleReport:
-    rules = [rule_for(stratum.name, config.rules) for stratum in strata]
-    for rule in config.rules:
-        if rule not in rules:
-            known = ", ".join(stratum.name for stratum in strata[:10])
-            raise DataError(
-                f"sampling rule {rule.prefix!r} fits no stratum that an earlier rule does not "
-                f"take; the strata begin with: {known}"
-            )
-    rows, reports = [], {}
-    counts = []
-    for stratum, rule, base in zip(strata, rules, bases, strict=True):
-        drop_long = (rule.long_rows or config.long_rows) == "drop"
-        kept, _, dropped, truncated = usable_rows(stratum.index, config, drop_long)
-        rows.append(
-            kept._replace(inst_start=kept.inst_start + base, resp_start=kept.resp_start + base)
-        )
-        count = min(kept.num_rows, rule.max_rows or kept.num_rows) * rule.repeat
-        counts.append(count)
-        walked = [
-            walk(config.seed, stratum.name, kept.num_rows, e * count, count)
-            for e in range(config.epochs)
-        ]
-        covered = np.zeros(kept.num_rows, dtype=bool)
-        for which in walked:
-            covered[which] = True
-        total = sum(kept.take(which).num_tokens for which in walked)
-        reports[stratum.name] = StratumReport(
-            rows=stratum.index.num_rows,
-            usable_rows=kept.num_rows,
-            truncated_rows=truncated,
-            dropped=dropped,
-            rows_per_epoch=count,
-            tokens_per_epoch=total / config.epochs,
-            covered_rows=int(covered.sum()),
-        )
-    if not sum(counts):
-        reasons = {name: report.dropped for name, report in reports.items()}
-        raise DataError(f"no stratum has a usable row; dropped: {reasons}")
-
-    stratum_ids = np.repeat(np.arange(len(strata), dtype=np.int32), counts)
+) -> _Drawn:
+    shape = (config.epochs, len(gathered.names))
+    drawn = _Drawn(np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape[1], int))
+    walks = []
+    for source in sources:
+        step, length = source.per_epoch(gathered, config)
+        if length == 0 and source.rule.by_tokens:
+            raise DataError(f"source {source.name!r} has a budget of tokens, but no usable row")
+        by_tokens, strata = source.rule.by_tokens, source.strata
+        pieces = functools.partial(gathered.pieces, strata, by_tokens=by_tokens)
+        if length and step:
+            walk = Walk(config.seed, source.name, pieces, length)
+            mean = length / sum(gathered.num_rows[number] for number in strata)
+            walks.append((walk, step, round(step / mean)))
+    expected = sum(rows for _, _, rows in walks)
+    starts = [walk.cut(0) for walk, _, _ in walks]
     for epoch in range(config.epochs):
-        parts = [
-            index.take(walk(config.seed, stratum.name, index.num_rows, epoch * count, count))
-            for stratum, index, count in zip(strata, rows, counts, strict=True)
-        ]
-        order = numpy_generator(config.seed, "epoch", epoch).permutation(len(stratum_ids))
-        index = RowIndex(*(np.concatenate(arrays)[order] for arrays in zip(*parts, strict=True)))
         epoch_folder = folder / f"epoch_{epoch}"
         epoch_folder.mkdir()
-        for name, array in zip(INDEX_NAMES, index, strict=True):
-            save_array(epoch_folder / f"{name}.npy", array.astype(np.int64, copy=False))
-        save_array(epoch_folder / STRATUM_FILE, stratum_ids[order])
+        with Shuffle(epoch_folder, ROW, expected, config.seed, "epoch", epoch) as shuffle:
+            for number, (walk, step, _) in enumerate(walks):
+                stop = walk.cut((epoch + 1) * step)
+                for piece, lap, which in walk.between(starts[number], stop):
+                    rows = piece.rows() if which is None else piece.rows()[which]
+                    shuffle.add(rows)
+                    drawn.rows[epoch, piece.stratum] += len(rows)
+                    drawn.tokens[epoch, piece.stratum] += int(num_tokens(rows).sum())
+                    drawn.first_lap[piece.stratum] += len(rows) * (lap == 0)
+                starts[number] = stop
+            if not drawn.rows[epoch].any():
+                raise DataError(
+                    f"epoch {epoch} has no row: no stratum has a usable row, or the budgets are "
+                    "smaller than one row"
+                )
+            _write_rows(epoch_folder, shuffle, gathered.extra_names)
         if progress is not None:
             progress("sampling epochs", epoch + 1, config.epochs)
-    tokens = sum(report.tokens_per_epoch for report in reports.values())
+    return drawn
+
+
+def _write_rows(folder: Path, chunks: Iterable[Array], extra_names: set[str]) -> None:
+    columns = dict.fromkeys((*INDEX_NAMES, *sorted(extra_names)), np.int64)
+    with contextlib.ExitStack() as stack:
+        writers = {
+            name: stack.enter_context(ArrayWriter(folder / f"{name}.npy", dtype))
+            for name, dtype in columns.items()
+        }
+        stratum = stack.enter_context(ArrayWriter(folder / STRATUM_FILE, np.int32))
+        for chunk in chunks:
+            for name, writer in writers.items():
+                writer.write(chunk[name])
+            stratum.write(chunk["stratum"])
+
+
+def _report(
+    gathered: Gathered,
+    sources: list[Source],
+    lengths: list[LengthCheck],
+    drawn: _Drawn,
+    info: dict[str, Any],
+    config: SamplingConfig,
+) -> SampleReport:
+    strata = {}
+    for number, (name, check) in enumerate(zip(gathered.names, lengths, strict=True)):
+        total = int(drawn.rows[:, number].sum())
+        strata[name] = StratumReport(
+            rows=check.num_rows,
+            usable_rows=gathered.num_rows[number],
+            truncated_rows=check.num_truncated,
+            dropped=check.dropped,
+            rows_per_epoch=round(total / config.epochs),
+            tokens_per_epoch=int(drawn.tokens[:, number].sum()) / config.epochs,
+            covered_rows=int(drawn.first_lap[number]),
+        )
+    budgets = {}
+    for source in sources:
+        if source.rule.by_tokens:
+            step, length = source.per_epoch(gathered, config)
+            which = list(source.strata)
+            budgets[source.name] = SourceReport(
+                usable_tokens=length,
+                planned_tokens=step,
+                epoch_tokens=tuple(drawn.tokens[:, which].sum(1).tolist()),
+                epoch_rows=tuple(drawn.rows[:, which].sum(1).tolist()),
+            )
     return SampleReport(
-        strata=reports,
-        rows_per_epoch=len(stratum_ids),
-        tokens_per_epoch=round(tokens),
+        strata=strata,
+        sources=budgets,
+        rows_per_epoch=round(int(drawn.rows.sum()) / config.epochs),
+        tokens_per_epoch=round(int(drawn.tokens.sum()) / config.epochs),
+        epoch_rows=tuple(drawn.rows.sum(1).tolist()),
+        epoch_tokens=tuple(drawn.tokens.sum(1).tolist()),
         epochs=config.epochs,
-        fingerprint=fingerprint(*fingerprint_parts, list(reports), to_mapping(config)),
+        fingerprint=fingerprint(gathered.digest, info, gathered.names, to_mapping(config)),
     )
-
-
-def _copy_tokens(
-    strata: list[Stratum], info: dict[str, Any], path: Path, progress: Progress | None
-) -> tuple[str, list[int]]:
-    """Lay the strata's tokens end to end; their digest, and where each stratum starts."""
-    sizes = [len(stratum.tokens) for stratum in strata]
-    vocab_size = info["vocab_size"]
-    dtype = np.uint16 if vocab_size <= 1 << 16 else np.int32
-    bases = [sum(sizes[:i]) for i in range(len(sizes))]
-    digest = hashlib.blake2b(digest_size=16)
-    with path.open("wb") as stream:
-        header = {"descr": np.dtype(dtype).str, "fortran_order": False, "shape": (sum(sizes),)}
-        np.lib.format.write_array_header_1_0(stream, header)
-        done = 0
-        for stratum in strata:
-            for at in range(0, len(stratum.tokens), TOKENS_PER_COPY):
-                chunk = stratum.tokens[at : at + TOKENS_PER_COPY]
-                if int(chunk.max()) >= vocab_size:
-                    raise DataError(
-                        f"{stratum.folder / TOKENS_FILE} holds token {int(chunk.max())}, but the "
-                        f"tokenizer has {vocab_size} entries: it is from another tokenizer"
-                    )
-                data = chunk.astype(dtype).tobytes()
-                digest.update(data)
-                stream.write(data)
-                done += len(chunk)
-                if progress is not None:
-                    progress("copying tokens", done, sum(sizes))
-            # The same tokens cut into rows elsewhere are other data.
-            for array in stratum.index:
-                digest.update(array.tobytes())
-    return digest.hexdigest(), bases

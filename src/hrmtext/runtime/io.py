@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -97,6 +98,54 @@ def atomic_folder(path: str | Path, *, replace: bool = False, **marker: Any) -> 
             _sync(path.parent)
         finally:
             shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def exclusive(path: str | Path) -> Iterator[None]:
+    """Keep other processes from writing `path` meanwhile; remove what killed ones left beside it.
+
+    The lock goes with the process, however it ends.
+
+    Raises:
+        StorageError: another process holds the lock, or the folder is not writable.
+    """
+    path = Path(path)
+    lock = path.with_name(f".{path.name}.lock")
+    with explain_storage_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _lock(lock)
+        try:
+            for ending in ("tmp", "old"):
+                for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.{ending}"):
+                    if leftover.is_dir():
+                        shutil.rmtree(leftover)
+                    else:
+                        leftover.unlink()
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+            os.close(descriptor)
+
+
+def _lock(lock: Path) -> int:
+    """An open, locked descriptor of the file `lock`, which may have to be made."""
+    import fcntl  # POSIX only
+
+    while True:
+        descriptor = os.open(lock, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise StorageError(
+                f"another process is writing {lock.name[1:].removesuffix('.lock')} in "
+                f"{lock.parent}; wait for it to end, or name another folder"
+            ) from None
+        # The holder before may have removed the file between the two calls: then it locks nothing.
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(descriptor), lock.stat()):
+                return descriptor
+        os.close(descriptor)
 
 
 def mark_complete(folder: Path, **values: Any) -> None:

@@ -12,7 +12,7 @@ import pytest
 from hrmtext.config.data import SamplingConfig, StratumRule
 from hrmtext.data import tokenize as tokenize_module
 from hrmtext.data.format import SampledData, read_stratum
-from hrmtext.data.sample import sample, walk
+from hrmtext.data.sample import sample
 from hrmtext.data.tokenize import tokenize_files
 from hrmtext.data.tokenizer import PromptTokenizer, train_tokenizer
 from hrmtext.errors import DataError, StorageError
@@ -291,14 +291,6 @@ def test_a_file_without_usable_rows_gives_an_empty_stratum(tmp_path, tokenizer):
 
 
 # Sampling
-
-
-def test_walks_restart_only_when_used_up():
-    rows = np.concatenate([walk(3, "s", 10, start, 4) for start in range(0, 40, 4)])
-    for lap in range(4):
-        assert sorted(rows[lap * 10 : lap * 10 + 10]) == list(range(10))
-    assert not np.array_equal(rows[:10], rows[10:20])
-    assert np.array_equal(walk(3, "s", 10, 7, 25), rows[7:32])
 
 
 def test_caps_and_repeats_shape_each_epoch(tokenized, tmp_path):
