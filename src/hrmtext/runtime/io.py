@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterator
@@ -22,7 +23,7 @@ MARKER = "COMPLETE.json"
 
 @contextlib.contextmanager
 def explain_storage_errors(path: str | Path) -> Iterator[None]:
-    """Turn disk-full and permission errors below `path` into StorageError with advice."""
+    """Turn a full disk, a quota or a missing permission below `path` into StorageError."""
     try:
         yield
     except StorageError:
@@ -31,10 +32,11 @@ def explain_storage_errors(path: str | Path) -> Iterator[None]:
         raise StorageError(_storage_message(path, error)) from error
     except RuntimeError as error:
         # torch and safetensors wrap the operating system's error in their own.
-        if "No space left" in str(error) or "os error 28" in str(error):
-            full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            raise StorageError(_storage_message(path, full)) from error
-        raise
+        number = re.search(r"\(os error (\d+)\)", str(error))
+        code = int(number.group(1)) if number else errno.ENOSPC
+        if number is None and os.strerror(code) not in str(error):
+            raise
+        raise StorageError(_storage_message(path, OSError(code, os.strerror(code)))) from error
 
 
 @contextlib.contextmanager
@@ -210,10 +212,15 @@ def fingerprint(*parts: Any) -> str:
 
 
 def _storage_message(path: str | Path, error: OSError) -> str:
-    if error.errno == errno.ENOSPC:
+    full = {
+        errno.ENOSPC: "the disk is full",
+        errno.EDQUOT: "the disk quota is used up",
+        errno.EFBIG: "a file may not grow that large here (see `ulimit -f`)",
+    }
+    if error.errno in full:
         return (
-            f"the disk is full: could not write {path}. Nothing that was there has changed; "
-            "free some space and run the same command again"
+            f"{full[error.errno]}: could not write {path}. Nothing that was there has changed; "
+            "make room and run the same command again"
         )
     return f"could not write {path}: {error.strerror or error}"
 

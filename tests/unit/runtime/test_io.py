@@ -85,6 +85,19 @@ def test_a_full_disk_is_said_in_plain_words(tmp_path, error):
         raise error
 
 
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk quota is used up"),
+        (RuntimeError("I/O error: File too large (os error 27)"), "may not grow that large"),
+        (RuntimeError("I/O error: (os error 13)"), "could not write .*: Permission denied"),
+    ],
+)
+def test_quotas_limits_and_permissions_are_named_also_where_a_library_wraps_them(error, said):
+    with pytest.raises(StorageError, match=said), explain_storage_errors("x"):
+        raise error
+
+
 def test_other_errors_pass_unchanged(tmp_path):
     with pytest.raises(RuntimeError, match="shape"), explain_storage_errors(tmp_path):
         raise RuntimeError("shape mismatch")
