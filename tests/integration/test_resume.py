@@ -10,12 +10,10 @@ import time
 
 import pytest
 import torch
+from small_run import make_config, prepare_additions
 
 from hrmtext.artifacts import RunFolder, load_model, read_tensors
-from hrmtext.config.base import build, dump_yaml
-from hrmtext.config.data import DataConfig
-from hrmtext.config.train import TrainConfig
-from hrmtext.data.prepare import prepare
+from hrmtext.config.base import dump_yaml
 from hrmtext.data.tokenizer import PromptTokenizer
 from hrmtext.errors import CheckpointError, DataError
 from hrmtext.train import FolderSource, train
@@ -26,7 +24,6 @@ import sys
 import torch
 torch.set_num_threads(1)
 from hrmtext.config.base import load
-from hrmtext.config.train import TrainConfig
 from hrmtext.train import train
 data, run, config = sys.argv[1:]
 train(load(TrainConfig, config), data_folder=data, run_folder=run, device="cpu", progress="none")
@@ -43,40 +40,7 @@ def one_thread():
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A prepared folder over addition and reversal problems."""
-    folder = tmp_path_factory.mktemp("data")
-    generator = random.Random(1)
-    rows = []
-    for _ in range(1500):
-        a, b = generator.randrange(40), generator.randrange(40)
-        rows.append({"instruction": f"{a}+{b}=", "response": f"{a + b}"})
-    (folder / "add.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    values = {
-        "local": [{"path": str(folder / "add.jsonl"), "eval_size": 60}],
-        "tokenizer": {"vocab_size": 287},
-        "sampling": {"epochs": 2, "max_seq_len": 32, "min_response_tokens": 1},
-    }
-    return prepare(build(DataConfig, values, where="test"), folder / "prepared").folder
-
-
-def make_config(**changes):
-    values = {
-        "model": {"preset": "test", "vocab_size": 287, "max_seq_len": 32},
-        "epochs": 2,
-        "batch_tokens": 512,
-        "bin_tokens": 256,
-        "lr": 3e-3,
-        "warmup_steps": 5,
-        "lr_min_ratio": 0.1,
-        "ema_decay": 0.95,
-        "precision": "fp32",
-        "checkpoint_every": 10,
-        "validate_every": 20,
-        "log_every": 3,
-        "tensorboard": True,
-        **changes,
-    }
-    return build(TrainConfig, values, where="test")
+    return prepare_additions(tmp_path_factory.mktemp("data"))
 
 
 @pytest.fixture(scope="module")
