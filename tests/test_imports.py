@@ -13,7 +13,7 @@ LAYER = {
     "runtime": 1, "batch": 1,
     "model": 2, "data": 2, "artifacts": 2,
     "train": 3, "generate": 3, "convert": 3,
-    "evaluate": 4, "api": 4, "hf": 4, "ablate": 4,
+    "evaluate": 4, "api": 4, "hf": 4, "ablate": 4, "doctor": 4,
     "cli": 5, "__init__": 5,
 }  # fmt: skip
 SIBLINGS = {

@@ -14,6 +14,7 @@ from hrmtext.cli import (
     ablate,
     convert,
     data,
+    doctor,
     evaluate,
     export,
     generate,
@@ -34,6 +35,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "selftest": selftest.selftest,
     "export": export.export,
     "convert": convert.convert,
+    "doctor": doctor.doctor,
     "info": info.info,
 }
 DATA_VERBS: dict[str, Callable[..., Any]] = {
