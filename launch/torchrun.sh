@@ -41,4 +41,4 @@ fi
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${GRACE_S:-600}
 exec "${PYTHON:-python}" -m torch.distributed.run "${where[@]}" \
   --nproc-per-node "${RANKS_PER_NODE:-gpu}" --max-restarts "${RESTARTS:-3}" \
-  -m hrmtext.cli.main "${VERB:-train}" "$@"
+  -m -- hrmtext.cli.main "${VERB:-train}" "$@" # without the dashes it takes --run for its own
