@@ -26,7 +26,7 @@ from hrmtext.train.watchdog import EXIT_STATUS
 
 NUM_STEPS, EVERY = 10, 3
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
-TIMEOUT_S = 120
+TIMEOUT_S = 300
 
 
 @dataclasses.dataclass(frozen=True)

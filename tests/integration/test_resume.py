@@ -24,6 +24,7 @@ import sys
 import torch
 torch.set_num_threads(1)
 from hrmtext.config.base import load
+from hrmtext.config.train import TrainConfig
 from hrmtext.train import train
 data, run, config = sys.argv[1:]
 train(load(TrainConfig, config), data_folder=data, run_folder=run, device="cpu", progress="none")

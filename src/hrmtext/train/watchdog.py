@@ -138,7 +138,7 @@ def explain_lost_ranks(watchdog: Watchdog) -> Iterator[None]:
     except RuntimeError as error:
         if not dist.is_distributed() or not _is_of_collective(error):
             raise
-        said = str(error).strip().splitlines()[0]
+        said = str(error).strip().splitlines()[0].split(". This is typically")[0]
         raise RankError(
             f"{watchdog.position}: another rank was lost, or ended with an error of its own, which "
             f"its output names ({said}). This rank ends too; under torchrun --max-restarts the run "
