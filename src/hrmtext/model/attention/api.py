@@ -34,6 +34,12 @@ class AttentionPlan(Protocol):
         ...
 
 
+def _flex(layout: RowLayout, device: torch.device, dtype: torch.dtype, _: object) -> AttentionPlan:
+    from hrmtext.model.attention.flex import FlexPlan  # a second of imports, for this name only
+
+    return FlexPlan(layout, device, dtype)
+
+
 def _flash(kernel: str | None) -> Callable[..., AttentionPlan]:
     return lambda layout, device, dtype, head_dim: FlashPlan(
         layout, device, dtype, kernel=kernel, head_dim=head_dim
@@ -43,13 +49,15 @@ def _flash(kernel: str | None) -> Callable[..., AttentionPlan]:
 BACKENDS: dict[str, Callable[..., AttentionPlan]] = {
     "reference": lambda layout, device, dtype, _: ReferencePlan(layout, device, dtype),
     "sdpa": lambda layout, device, dtype, _: SdpaPlan(layout, device, dtype),
+    "flex": _flex,
     "flash": _flash(None),
     "flash_torch": _flash("torch"),
     "flash_attn": _flash("flash_attn"),
     "flash_reference": _flash("reference"),
 }
 """`flash` takes the first kernel that runs; the names below it ask for one kernel, of which
-`flash_reference` is plain torch: slow, and there to test the two passes."""
+`flash_reference` is plain torch: slow, and there to test the two passes. `flex` has a backward pass
+on CUDA only."""
 ON_EVERY_DEVICE = ("reference", "sdpa", "flash_reference")
 
 
