@@ -26,6 +26,7 @@ from hrmtext.model.attention.varlen import (
     kernel_problem,
     width_problem,
 )
+from hrmtext.runtime.transfer import send
 
 Array = npt.NDArray[np.int64]
 
@@ -96,7 +97,7 @@ class FlashPlan:
             if len(segments.num_queries)
         ]
         order = np.concatenate([ranges(s.query_start, s.num_queries) for s in found])
-        self.order = None if _is_prefix(order) else torch.from_numpy(order).to(device)  # (used)
+        self.order = None if _is_prefix(order) else send(torch.from_numpy(order), device)  # (used)
 
     @torch.compiler.disable
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot: int) -> torch.Tensor:
@@ -171,14 +172,15 @@ def _plan_pass(segments: Segments, causal: bool, device: torch.device) -> Pass:
         cu_k=_cumulative(segments.num_keys, device),
         max_q=int(segments.num_queries.max()),
         max_k=int(segments.num_keys.max()),
-        keys=None if _is_prefix(keys) else torch.from_numpy(keys).to(device),
+        keys=None if _is_prefix(keys) else send(torch.from_numpy(keys), device),
         num_keys=len(keys),
         repeats=len(np.unique(keys)) < len(keys),
     )
 
 
 def _cumulative(counts: Array, device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(np.concatenate(([0], counts.cumsum())).astype(np.int32)).to(device)
+    cumulative = np.concatenate(([0], counts.cumsum())).astype(np.int32)
+    return send(torch.from_numpy(cumulative), device)
 
 
 def _is_prefix(index: Array) -> bool:

@@ -21,6 +21,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from hrmtext.batch import RowLayout
 from hrmtext.errors import BackendError
+from hrmtext.runtime.transfer import send
 
 BLOCK = 128
 FORMATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -97,7 +98,7 @@ def make_block_mask(first: np.ndarray, end: np.ndarray, device: torch.device) ->
     key = np.arange(num_blocks) * BLOCK  # (B) first key of each key block
     some = (key < highest[:, None]) & (key + BLOCK > lowest[:, None])  # (B, B)
     full = (key >= latest[:, None]) & (key + BLOCK <= earliest[:, None])  # (B, B)
-    on_device = [torch.from_numpy(x.astype(np.int32)).to(device) for x in (first, end)]
+    on_device = [send(torch.from_numpy(x.astype(np.int32)), device) for x in (first, end)]
     first_key, end_key = on_device
 
     def sees(batch: Any, head: Any, query: Any, key: Any) -> Any:
@@ -121,7 +122,7 @@ def _listed(blocks: np.ndarray, device: torch.device) -> tuple[torch.Tensor, tor
     """(B, B) bool -> how many key blocks each query block has, and their numbers first."""
     counts = blocks.sum(1, dtype=np.int32)  # (B)
     order = np.argsort(~blocks, axis=1, kind="stable").astype(np.int32)  # (B, B)
-    on_device = (torch.from_numpy(x).to(device) for x in (counts, order))
+    on_device = (send(torch.from_numpy(x), device) for x in (counts, order))
     counted, ordered = (x[None, None].contiguous() for x in on_device)
     return counted, ordered
 

@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from hrmtext.batch import RowLayout
+from hrmtext.runtime.transfer import send
 
 MAX_MASK_ELEMENTS = 1 << 24
 """Rows of a group times S squared stay below this, so that a mask stays below 64 MiB in fp32."""
@@ -80,11 +81,11 @@ class SdpaPlan:
         self.groups = groups
         self.num_padding = layout.num_padding
         gather = np.concatenate(gathers)
-        self.gather = torch.from_numpy(gather).to(device)  # (sum R*S)
-        self.back = torch.from_numpy(back).to(device)  # (T)
+        self.gather = send(torch.from_numpy(gather), device)  # (sum R*S)
+        self.back = send(torch.from_numpy(back), device)  # (T)
         slots = np.zeros(gather.size, dtype=bool)
         slots[back[: layout.num_tokens - layout.num_padding]] = True
-        self.is_real = torch.from_numpy(slots).to(device)[:, None, None]  # (sum R*S, 1, 1)
+        self.is_real = send(torch.from_numpy(slots), device)[:, None, None]  # (sum R*S, 1, 1)
 
     @torch.compiler.disable
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot: int) -> torch.Tensor:
@@ -135,7 +136,7 @@ def _additive_mask(
     if bool(seen.all()):
         return None
     mask = torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))
-    return mask[:, None].to(device)  # (R, 1, S, S)
+    return send(mask[:, None], device)  # (R, 1, S, S)
 
 
 def _by_products(
