@@ -13,13 +13,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any
+from functools import cache
+from typing import Any, Literal
 
 import torch
 
 from hrmtext.errors import CheckpointError, ConfigError
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+Kernel = Literal["auto", "foreach", "compiled"]
 
 
 class AdamAtan2(torch.optim.Optimizer):
@@ -27,6 +29,7 @@ class AdamAtan2(torch.optim.Optimizer):
 
     A parameter whose gradient is None is left alone, weight decay included; its average still
     advances. `ema_decay=None` keeps no average. `lr` of a group may be a float or a 0-dim tensor.
+    Of sharded weights (DTensor) every rank updates its own part: the update mixes no elements.
     """
 
     def __init__(
@@ -37,14 +40,21 @@ class AdamAtan2(torch.optim.Optimizer):
         betas: tuple[float, float] = (0.9, 0.95),
         weight_decay: float = 0.1,
         ema_decay: float | None = 0.9999,
+        kernel: Kernel = "auto",
     ) -> None:
         """Allocate the state; the average starts as a copy of the parameters of this moment.
+
+        Args:
+            kernel: `foreach`: a pass over the weights for each term of the formula; `compiled`: one
+                pass for the whole formula and the average, by torch.compile; `auto`: compiled on
+                CUDA, foreach elsewhere (a compiler may be missing). They agree within rounding.
 
         Raises:
             ConfigError: a parameter is not fp32 or fp64: updates this small vanish in bf16.
         """
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "ema_decay": ema_decay}
         super().__init__(params, defaults)
+        self.kernel: Kernel = kernel
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.dtype not in (torch.float32, torch.float64):
@@ -72,18 +82,31 @@ class AdamAtan2(torch.optim.Optimizer):
                     state = self.state[parameter]
                     state["step"] += 1
                     by_step.setdefault(state["step"], []).append(parameter)
+            averaged: set[torch.Tensor] = set()
             for count, parameters in by_step.items():
-                self._update(parameters, count, group)
-            if group["ema_decay"] is not None:
-                averages = [self.state[parameter]["ema"] for parameter in group["params"]]
-                torch._foreach_lerp_(averages, group["params"], 1.0 - group["ema_decay"])
+                if self._is_compiled(parameters[0]):
+                    self._update_compiled(parameters, count, group)
+                    averaged.update(parameters)
+                else:
+                    self._update(parameters, count, group)
+            rest = [p for p in group["params"] if p not in averaged]
+            if group["ema_decay"] is not None and rest:
+                averages = [local(self.state[parameter]["ema"]) for parameter in rest]
+                current = [local(parameter) for parameter in rest]
+                torch._foreach_lerp_(averages, current, 1.0 - group["ema_decay"])
+
+    def _is_compiled(self, parameter: torch.Tensor) -> bool:
+        if self.kernel == "auto":
+            return parameter.device.type == "cuda"
+        return self.kernel == "compiled"
 
     def _update(self, parameters: list[torch.Tensor], count: int, group: dict[str, Any]) -> None:
         lr, weight_decay = group["lr"], group["weight_decay"]
         beta1, beta2 = group["betas"]
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        first = [self.state[parameter]["exp_avg"] for parameter in parameters]
-        second = [self.state[parameter]["exp_avg_sq"] for parameter in parameters]
+        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        first = [local(self.state[parameter]["exp_avg"]) for parameter in parameters]
+        second = [local(self.state[parameter]["exp_avg_sq"]) for parameter in parameters]
+        parameters = [local(parameter) for parameter in parameters]
         torch._foreach_mul_(parameters, 1.0 - lr * weight_decay)
         torch._foreach_lerp_(first, gradients, 1.0 - beta1)
         torch._foreach_mul_(second, beta2)
@@ -95,6 +118,32 @@ class AdamAtan2(torch.optim.Optimizer):
             update = v.sqrt().div_(correction)
             torch.atan2(m, update, out=update)
             parameter.sub_(update.mul_(scale))
+
+    def _update_compiled(
+        self, parameters: list[torch.Tensor], count: int, group: dict[str, Any]
+    ) -> None:
+        lr, (beta1, beta2) = group["lr"], group["betas"]
+        ema_decay = group["ema_decay"]
+        # Tensors, not floats: a float that changes would be compiled anew at every step.
+        numbers = [
+            1.0 - lr * group["weight_decay"],
+            1.0 - beta1,
+            beta2,
+            1.0 - beta2,
+            lr / (1.0 - beta1**count),
+            math.sqrt(1.0 - beta2**count),
+            0.0 if ema_decay is None else 1.0 - ema_decay,
+        ]
+        scalars = [torch.as_tensor(x, dtype=parameters[0].dtype) for x in numbers]
+        for parameter in parameters:
+            assert parameter.grad is not None, "only parameters with a gradient are updated"
+            state = self.state[parameter]
+            tensors = [parameter, parameter.grad, *(state[name] for name in _MOMENTS)]
+            if ema_decay is not None:
+                tensors.append(state["ema"])
+            flat = [local(tensor).view(-1) for tensor in tensors]
+            if flat[0].numel():  # a rank may hold no part of a small parameter
+                _one_pass()(flat, scalars)
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of every group."""
@@ -139,6 +188,30 @@ class AdamAtan2(torch.optim.Optimizer):
             if f"step.{name}" not in tensors:
                 raise CheckpointError(f"the optimizer state lacks step.{name}")
             state["step"] = int(tensors[f"step.{name}"])
+
+
+def local(tensor: torch.Tensor) -> torch.Tensor:
+    """This rank's part of a sharded tensor; any other tensor as it is."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+@cache
+def _one_pass() -> Any:
+    return torch.compile(_formula, dynamic=True)
+
+
+def _formula(flat: list[torch.Tensor], scalars: list[torch.Tensor]) -> None:
+    """The whole step of one parameter, and its average where `flat` has one, element by element."""
+    parameter, gradient, first, second, *average = flat
+    decay, one_minus_beta1, beta2, one_minus_beta2, scale, correction, one_minus_ema = scalars
+    m = first + (gradient - first) * one_minus_beta1
+    v = second * beta2 + gradient * gradient * one_minus_beta2
+    p = parameter * decay - torch.atan2(m, v.sqrt() / correction) * scale
+    first.copy_(m)
+    second.copy_(v)
+    parameter.copy_(p)
+    if average:
+        average[0].copy_(average[0] + (p - average[0]) * one_minus_ema)
 
 
 def _tensor(

@@ -1,6 +1,7 @@
 """Adam-atan2: equal to its formula in fp64, exact averages, and parameters without gradient."""
 
 import math
+import shutil
 
 import pytest
 import torch
@@ -59,6 +60,42 @@ def test_fp64_steps_equal_the_formula_at_any_gradient_scale(lr_kind, scale):
         optimizer.step()
     for p, (q, _, _) in zip(ours, theirs, strict=True):
         torch.testing.assert_close(p.detach(), q, rtol=1e-13, atol=1e-14)
+
+
+NEEDS_COMPILER = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU"
+)
+
+
+@NEEDS_COMPILER
+@pytest.mark.filterwarnings("default")  # torch.compile warns about its own inside
+def test_the_compiled_kernel_equals_the_formula_and_new_rates_and_counts_compile_nothing():
+    options = {"betas": (0.9, 0.95), "weight_decay": 0.1}
+    ours = parameters(torch.float64)
+    optimizer = AdamAtan2(ours, lr=0.01, ema_decay=0.75, kernel="compiled", **options)
+    theirs = [(p.detach().clone(), torch.zeros_like(p), torch.zeros_like(p)) for p in ours]
+    averages = [p.detach().clone() for p in ours]
+    counts = [0] * len(ours)
+    compiled = []
+    for step in range(1, 7):
+        optimizer.set_lr(0.01 / step)
+        for i, gradient in enumerate(gradients(step)):
+            ours[i].grad = None if i == 1 and step % 2 else gradient  # it counts by itself
+            if ours[i].grad is None:
+                continue
+            counts[i] += 1
+            theirs[i] = reference_step(
+                theirs[i][0], gradient, *theirs[i][1:], counts[i], lr=0.01 / step, **options
+            )
+        optimizer.step()
+        averages = [0.75 * a + 0.25 * t[0] for a, t in zip(averages, theirs, strict=True)]
+        compiled.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    for p, (q, _, _) in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p.detach(), q, rtol=1e-13, atol=1e-14)
+    for found, expected in zip(optimizer.averages(), averages, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-13, atol=1e-14)
+    # All parameters have been met after two steps.
+    assert compiled[-1] == compiled[1], "a later step was compiled anew"
 
 
 def test_fp32_stays_within_rounding_of_fp64():
