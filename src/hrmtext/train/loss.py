@@ -6,15 +6,20 @@ Letters: S supervised tokens, D hidden size, V vocabulary, R rows of a packed ba
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from functools import cache
+from typing import Any, Literal
 
 import torch
 
 from hrmtext.batch import PackedBatch
+from hrmtext.errors import BackendError
 from hrmtext.model import AttentionPlan, HrmLM, make_plan
 from hrmtext.model.depth import Depth
 from hrmtext.model.layers import BlockCall
+from hrmtext.runtime.transfer import send
 
+LossKernel = Literal["auto", "chunked", "compiled", "linear"]
 NUM_SUMS = 4
 """Numbers that `step_sums` gives."""
 
@@ -57,13 +62,12 @@ class Microbatch:
         select = batch.supervised()
         lengths = torch.tensor(batch.layout.lengths, dtype=torch.int64)
         rows = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
-        send = lambda tensor: tensor.to(device, non_blocking=True)  # noqa: E731
         return cls(
-            tokens=send(batch.tokens),
-            positions=send(batch.positions),
-            select=send(select),
-            labels=send(batch.labels[select]),
-            row_of=send(rows[select]),
+            tokens=send(batch.tokens, device),
+            positions=send(batch.positions, device),
+            select=send(select, device),
+            labels=send(batch.labels[select], device),
+            row_of=send(rows[select], device),
             num_rows=len(lengths),
             plan=make_plan(
                 batch.layout, device=device, dtype=dtype, backend=backend, head_dim=head_dim
@@ -90,6 +94,7 @@ def cross_entropy(
     *,
     scale: float = 1.0,
     chunk_bytes: int = 1 << 28,
+    kernel: LossKernel = "auto",
 ) -> TokenLoss:
     """Cross-entropy of `hidden @ weight.T`, summed and multiplied by `scale`.
 
@@ -99,11 +104,77 @@ def cross_entropy(
     Args:
         hidden: (S, D). weight: (V, D). labels: (S) int64, all within the vocabulary.
         chunk_bytes: the fp32 logits of a chunk stay below this, at one token at least.
+        kernel: `chunked`: plain torch; `compiled`: what lies between the matrix products of a chunk
+            as one compiled kernel; `linear`: torch's own `linear_cross_entropy`, beside which a
+            second pass finds what is right; `auto`: compiled on CUDA, chunked elsewhere.
+
+    Raises:
+        BackendError: `linear` with a torch that lacks it (2.13 brought it).
     """
     chunk_rows = max(1, chunk_bytes // (4 * weight.shape[0]))
+    if kernel == "linear":
+        return _torch_linear(hidden, weight, labels, scale, chunk_rows)
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
-    arguments = (hidden, weight, labels, scale, chunk_rows, needs_gradient)
+    fused = kernel == "compiled" or (kernel == "auto" and hidden.device.type == "cuda")
+    softmax = _compiled_softmax() if fused else _softmax_and_gradient
+    arguments = (hidden, weight, labels, scale, chunk_rows, needs_gradient, softmax)
     return TokenLoss(*_ChunkedCrossEntropy.apply(*arguments))
+
+
+def _softmax_and_gradient(
+    logits: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor, needs_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """(C, V) logits of a chunk -> losses, correct (C) each; gradient of the logits (C, V)."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    correct = logits.argmax(-1) == labels
+    log_probs = torch.log_softmax(logits, -1, dtype=wide)  # (C, V)
+    picked = labels[:, None]
+    losses = -log_probs.gather(1, picked).squeeze(1)
+    if not needs_gradient:
+        return losses, correct, None
+    grad = log_probs.exp_()
+    grad.scatter_add_(1, picked, grad.new_full(picked.shape, -1.0))
+    return losses, correct, grad.mul_(scale).to(logits.dtype)
+
+
+def _softmax_by_comparison(
+    logits: torch.Tensor, labels: torch.Tensor, scale: torch.Tensor, needs_gradient: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The same without a scatter, so that a compiler makes one pass a reduction of it."""
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    is_label = torch.arange(logits.shape[1], device=logits.device) == labels[:, None]  # (C, V)
+    correct = logits.argmax(-1) == labels
+    log_probs = torch.log_softmax(logits, -1, dtype=wide)  # (C, V)
+    losses = -log_probs.masked_fill(~is_label, 0.0).sum(1)
+    if not needs_gradient:
+        return losses, correct, None
+    return losses, correct, ((log_probs.exp() - is_label.to(wide)) * scale).to(logits.dtype)
+
+
+@cache
+def _compiled_softmax() -> Callable[..., Any]:
+    return torch.compile(_softmax_by_comparison, dynamic=True)
+
+
+def _torch_linear(
+    hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor, scale: float, chunk_rows: int
+) -> TokenLoss:
+    try:
+        from torch.nn import LinearCrossEntropyOptions
+        from torch.nn.functional import linear_cross_entropy
+    except ImportError as error:
+        raise BackendError(
+            f"loss=linear needs torch 2.13 or later, this is {torch.__version__}; use loss=chunked"
+        ) from error
+    options = LinearCrossEntropyOptions(batch_chunk_size=chunk_rows, chunking_method=None)
+    # Summed by torch the loss would have the format of `hidden`, eight bits of a sum over bf16.
+    losses = linear_cross_entropy(hidden, weight, labels, reduction="none", options=options)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    with torch.no_grad():
+        parts = zip(hidden.split(chunk_rows), labels.split(chunk_rows), strict=True)
+        correct = [(part @ weight.T).argmax(-1) == label for part, label in parts]
+    total = losses.sum(dtype=wide) * scale
+    return TokenLoss(total, losses.detach().to(wide), torch.cat(correct))
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -118,6 +189,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         scale: float,
         chunk_rows: int,
         needs_gradient: bool,
+        softmax: Callable[..., Any],
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         wide = torch.promote_types(hidden.dtype, torch.float32)
         losses = hidden.new_empty(len(labels), dtype=wide)  # (S)
@@ -125,19 +197,17 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
         # Chunks add up in fp32; the sum is rounded once to the weight's format.
         grad_weight = torch.zeros_like(weight, dtype=wide) if needs_gradient else None
+        # A float would be compiled anew at every step; a CPU scalar goes into any kernel.
+        factor = torch.tensor(scale, dtype=wide)
         for start in range(0, len(labels), chunk_rows):
             rows = slice(start, start + chunk_rows)
             logits = hidden[rows] @ weight.T  # (C, V)
-            correct[rows] = logits.argmax(-1) == labels[rows]
-            log_probs = torch.log_softmax(logits, -1, dtype=wide)  # (C, V)
+            losses[rows], correct[rows], grad = softmax(
+                logits, labels[rows], factor, needs_gradient
+            )
             del logits
-            picked = labels[rows, None]
-            losses[rows] = -log_probs.gather(1, picked).squeeze(1)
             if grad_hidden is None or grad_weight is None:
                 continue
-            grad = log_probs.exp_()
-            grad.scatter_add_(1, picked, grad.new_full(picked.shape, -1.0))
-            grad = grad.mul_(scale).to(hidden.dtype)
             torch.mm(grad, weight, out=grad_hidden[rows])
             if grad.dtype == wide:
                 grad_weight.addmm_(grad.T, hidden[rows])
@@ -152,7 +222,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         arriving = grad_outputs[0].to(grad_hidden.dtype)
-        return grad_hidden * arriving, grad_weight * arriving, None, None, None, None
+        return grad_hidden * arriving, grad_weight * arriving, None, None, None, None, None
 
 
 def forward_loss(
@@ -163,6 +233,7 @@ def forward_loss(
     scale: float,
     chunk_bytes: int,
     call_block: BlockCall | None = None,
+    kernel: LossKernel = "auto",
 ) -> TokenLoss:
     """The loss of one microbatch: only the supervised tokens reach the head.
 
@@ -170,7 +241,12 @@ def forward_loss(
     """
     states = model.model(batch.tokens, batch.positions, batch.plan, depth, batch.select, call_block)
     return cross_entropy(
-        states[-1], model.lm_head.weight, batch.labels, scale=scale, chunk_bytes=chunk_bytes
+        states[-1],
+        model.lm_head.weight,
+        batch.labels,
+        scale=scale,
+        chunk_bytes=chunk_bytes,
+        kernel=kernel,
     )
 
 

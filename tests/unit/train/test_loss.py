@@ -1,5 +1,7 @@
 """The loss: equal to a dense one, in chunks or whole, and normalised over the whole step."""
 
+import shutil
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,6 +18,9 @@ from hrmtext.train.precision import ComputeModel
 from hrmtext.train.step import TrainStep
 
 CPU = torch.device("cpu")
+NEEDS_COMPILER = pytest.mark.skipif(
+    shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on the CPU"
+)
 CONFIG = preset("test")
 
 
@@ -47,6 +52,34 @@ def test_any_chunking_equals_the_dense_loss_and_gradient(rows_per_chunk):
     )  # fmt: skip
     for a, b in zip(ours, dense, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-13)
+
+
+@pytest.mark.filterwarnings("default")  # torch.compile warns about its own inside
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", ["linear", pytest.param("compiled", marks=NEEDS_COMPILER)])
+def test_every_kernel_is_as_near_to_fp64_as_the_chunked_one(kernel, dtype):
+    hidden, weight, labels = inputs(dtype)
+    exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    logits = exact_hidden @ exact_weight.T
+    exact = gradient_of(
+        lambda: F.cross_entropy(logits, labels, reduction="sum") * 0.3, exact_hidden, exact_weight
+    )
+    results = {}
+    for name in ("chunked", kernel):
+        found = cross_entropy(
+            hidden, weight, labels, scale=0.3, chunk_bytes=5 * 4 * 50, kernel=name
+        )
+        results[name] = gradient_of(lambda found=found: found.total, hidden, weight), found
+    for value, other, expected in zip(
+        results[kernel][0], results["chunked"][0], exact, strict=True
+    ):
+        error, theirs = (float((x.double() - expected).norm()) for x in (value, other))
+        floor = 4 * torch.finfo(dtype).eps * float(expected.norm())
+        assert error <= 2 * max(theirs, floor)
+    plain = F.cross_entropy(logits.detach(), labels, reduction="none")
+    budget = 4 * torch.finfo(dtype).eps * float(plain.max())
+    assert float((results[kernel][1].losses.double() - plain).abs().max()) <= budget
+    assert torch.equal(results[kernel][1].correct, results["chunked"][1].correct)
 
 
 def test_gradcheck_through_an_outer_factor():
