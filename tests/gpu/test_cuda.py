@@ -99,6 +99,69 @@ def test_cached_decoding_on_the_gpu_equals_one_pass():
     torch.testing.assert_close(logits, whole[at], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("loss", ["chunked", "linear"])
+def test_a_microbatch_makes_the_host_wait_for_nothing(loss):
+    from hrmtext.train.loss import Microbatch, forward_loss, step_sums
+
+    config, device = preset("micro"), torch.device("cuda")
+    compute = ComputeModel(build_model(config, seed=1, device="cuda"), torch.bfloat16)
+    batch = random_batch(config)
+
+    def accumulate():
+        micro = Microbatch.prepare(batch, device=device, dtype=torch.bfloat16, head_dim=64)
+        found = forward_loss(
+            compute.module, micro, depth=None, scale=0.1, chunk_bytes=1 << 20, kernel=loss
+        )
+        found.total.backward()
+        compute.collect_gradients()
+        return step_sums(found, micro)
+
+    accumulate()  # chooses and tests kernels, which may wait
+    compute.clear_gradients()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        accumulate()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.filterwarnings("default")  # torch.compile warns about its own inside
+def test_compiled_and_foreach_optimizers_agree_on_the_gpu():
+    generator = torch.Generator().manual_seed(0)
+    start, *arriving = (torch.randn(1000, 130, generator=generator).cuda() for _ in range(6))
+    results = []
+    for kernel in ("foreach", "compiled"):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = AdamAtan2([weight], lr=0.01, ema_decay=0.9, kernel=kernel)
+        for gradient in arriving:
+            weight.grad = gradient
+            optimizer.step()
+        results.append((weight.detach(), optimizer.averages()[0]))
+    for one, other in zip(*results, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.filterwarnings("default")
+@pytest.mark.parametrize("kernel", ["compiled", "linear"])
+def test_loss_kernels_agree_on_the_gpu_in_bf16(kernel):
+    from hrmtext.train.loss import cross_entropy as our_cross_entropy
+
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 64, generator=generator) for n in (300, 4000))
+    labels = torch.randint(4000, (300,), generator=generator).cuda()
+    results = []
+    for name, dtype in (("chunked", torch.float64), ("chunked", torch.bfloat16), (kernel, None)):
+        h, w = (
+            x.bfloat16().to("cuda", dtype or torch.bfloat16).requires_grad_()
+            for x in (hidden, weight * 0.125)
+        )
+        found = our_cross_entropy(h, w, labels, chunk_bytes=1 << 20, kernel=name)
+        found.total.backward()
+        results.append([x.double() for x in (found.total.detach(), h.grad, w.grad)])
+    for exact, near, value in zip(*results, strict=True):
+        assert (value - exact).norm() <= 2 * (near - exact).norm() + 1e-6 * exact.norm()
+
+
 def test_training_runs_on_the_gpu_and_its_loss_falls():
     config = preset("micro")
     model = build_model(config, seed=1, device="cuda")

@@ -14,7 +14,8 @@ from hrmtext.config.model import ARCHITECTURES, PRESETS, ModelConfig
 from hrmtext.errors import ConfigError
 
 HARMLESS_KEYS = frozenset({
-    "max_minutes", "attention", "compile", "loss_chunk_bytes", "activation_checkpointing",
+    "max_minutes", "attention", "compile", "loss", "loss_chunk_bytes", "optimizer_kernel",
+    "activation_checkpointing",
     "checkpoint_every", "checkpoint_minutes", "keep_last", "keep_every", "keep_best",
     "validate_every", "validation_rows", "log_every", "tensorboard", "rank_timeout_s",
 })  # fmt: skip
@@ -95,6 +96,9 @@ class TrainConfig:
     """Decay rates of Adam-atan2's first and second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on every parameter that has a gradient."""
+    optimizer_kernel: Literal["auto", "foreach", "compiled"] = "auto"
+    """Update and average as one compiled pass over the weights, or a pass for each term; auto:
+    compiled on CUDA."""
     ema_decay: float = 0.9999
     """Decay per step of the fp32 weight average, which is what is evaluated and released."""
 
@@ -116,6 +120,9 @@ class TrainConfig:
     """Attention backend by name."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the blocks of the model; auto: on CUDA with `pad_bins`."""
+    loss: Literal["auto", "chunked", "compiled", "linear"] = "auto"
+    """How the head's loss is computed, always in chunks: plain torch, compiled between the matrix
+    products, or torch's linear_cross_entropy; auto: compiled on CUDA, chunked elsewhere."""
     loss_chunk_bytes: int = 268_435_456
     """Logits are computed for so many rows at a time that their fp32 form stays below this."""
 

@@ -255,7 +255,12 @@ def measure_speed(config: TrainConfig, model: ModelConfig, device: torch.device)
     dtype = pick_training_dtype(config.precision, device)
     master = build_model(model, seed=0, device=device)
     compute = ComputeModel(master, dtype)
-    optimizer = AdamAtan2(master.parameters(), lr=config.lr, ema_decay=config.ema_decay)
+    optimizer = AdamAtan2(
+        master.parameters(),
+        lr=config.lr,
+        ema_decay=config.ema_decay,
+        kernel=config.optimizer_kernel,
+    )
     step = TrainStep(compute, optimizer, config, device)
     batch = random_batch(config, model)
     depth = depth_at(1, config, model, 1)

@@ -160,6 +160,7 @@ class Session:
             betas=config.betas,
             weight_decay=config.weight_decay,
             ema_decay=config.ema_decay,
+            kernel=config.optimizer_kernel,
         )
         self.state = TrainState(model=model, optimizer=optimizer)
         self.compute = ComputeModel(model, dtype)

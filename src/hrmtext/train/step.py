@@ -80,6 +80,7 @@ class TrainStep:
                 scale=scale,
                 chunk_bytes=self.config.loss_chunk_bytes,
                 call_block=self.call_block,
+                kernel=self.config.loss,
             )
             loss.total.backward()
             self.compute.collect_gradients()
