@@ -70,8 +70,10 @@ def read_bytes_per_s(device: torch.device, size: int = 1 << 28) -> float:
     return size / min(times)
 
 
-def write_result(name: str, device: torch.device, values: dict[str, object]) -> Path:
-    """Write results/<name>-<device>.json with machine, commit and versions; print it."""
+def write_result(
+    name: str, device: torch.device, values: dict[str, object], folder: Path | None = None
+) -> Path:
+    """Write <name>-<device>.json with machine, commit and versions under results/; print it."""
     commit = subprocess.run(
         ["git", "rev-parse", "--short=12", "HEAD"],
         capture_output=True, text=True, check=False, cwd=Path(__file__).parent,
@@ -83,9 +85,10 @@ def write_result(name: str, device: torch.device, values: dict[str, object]) -> 
         "versions": {p: version(p) for p in ("hrm-text", "torch", "transformers", "numpy")},
         **values,
     }
-    RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / f"{name}-{device.type}.json"
+    folder = folder or RESULTS
+    folder.mkdir(exist_ok=True)
+    path = folder / f"{name}-{device.type}.json"
     path.write_text(json.dumps(record, indent=2) + "\n")
     print(json.dumps(record, indent=2))
-    print(f"written to {path.relative_to(Path(__file__).parent.parent)}")
+    print(f"written to {folder.name}/{path.name}")
     return path

@@ -74,7 +74,9 @@ def test_a_gradient_on_the_cpu_is_refused_before_anything_is_computed():
     layout = random_layout(1, 0)
     q = torch.zeros(layout.num_tokens, 1, 16, requires_grad=True)
     plan = make_plan(layout, backend="flex")
-    with pytest.raises(BackendError, match="no backward pass on the CPU; train with attention=sdpa"):
+    with pytest.raises(
+        BackendError, match="no backward pass on the CPU; train with attention=sdpa"
+    ):
         plan.attend(q, q, q, 0)
 
 
