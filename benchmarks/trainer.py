@@ -39,7 +39,7 @@ from hrmtext.train.source import FolderSource
 
 SHAPES: dict[str, dict[str, Any]] = {
     "quickstart": {"preset": "micro", "vocab_size": 384, "batch_tokens": 4096,
-                   "trial_steps": 9, "steps": 24, "warmup_steps": 4},
+                   "trial_steps": 8, "steps": 12, "warmup_steps": 3},
     "B": {"preset": "B", "num_layers_per_stack": 1, "max_seq_len": 256, "batch_tokens": 512,
           "trial_steps": 3, "steps": 4, "warmup_steps": 1},
     "test": {"preset": "test", "max_seq_len": 256, "batch_tokens": 512,
@@ -288,8 +288,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--bf16", choices=("auto", "yes", "no"), default="auto",
                         help="try bf16 too; auto: where the processor has it")  # fmt: skip
-    parser.add_argument("--trials", choices=("yes", "no"), default="yes",
-                        help="no: fp32, sdpa and no compilation on both sides")  # fmt: skip
+    for side in SIDES:
+        parser.add_argument(f"--{side}", help="JSON of its setting, instead of trying all")
     parser.add_argument("--launcher", default="", help="command that starts every run")
     for hidden in ("--child", "--data", "--setting"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -312,8 +312,8 @@ def main() -> None:
         best: dict[str, dict[str, Any]] = {}
         for side in SIDES:
             settings = settings_of(side, with_bf16=with_bf16)
-            if arguments.trials == "no":
-                best[side] = settings[0]
+            if chosen := getattr(arguments, side):
+                best[side] = {**settings[0], **json.loads(chosen)}
                 continue
             results = {
                 json.dumps(setting): runner.run(side, setting, shape["trial_steps"])["rate"]
