@@ -1,4 +1,4 @@
-"""Rows of a token array to packed batches, by index arithmetic."""
+"""Rows of a token array to packed batches, by whole-array operations."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy.typing as npt
 import torch
 
 from hrmtext.batch import IGNORE, PackedBatch, RowLayout
-from hrmtext.data.format import RowIndex
+from hrmtext.data.format import RowIndex, row_tokens
 from hrmtext.errors import DataError
 
 
@@ -45,30 +45,33 @@ def pack_rows(
     if not len(whole) or used > size:
         raise DataError(f"{len(whole)} rows have {used} tokens, but the stream {size}")
 
-    # Every token of every row, at its place in the token array.
-    row = np.repeat(np.arange(len(whole)), whole)  # (S)
-    position = np.arange(len(row)) - np.repeat(np.cumsum(whole) - whole, whole)  # (S)
-    place = np.where(
-        position < prompt[row],
-        index.inst_start.astype(np.int64)[row] + position,
-        index.resp_start.astype(np.int64)[row] + position - prompt[row],
-    )
-    values = tokens[place].astype(np.int64)  # (S)
-
-    is_input = position < inputs[row]
-    is_target = position > 0
-    stream = np.full(size, pad_token, np.int64)  # (T)
-    stream[:used] = values[is_input]
-    labels = np.full(size, IGNORE, np.int64)  # (T)
     assert not (supervise_prompts and prefix_lm), "a prompt that sees itself cannot be predicted"
-    supervised = ((position >= prompt[row]) | supervise_prompts)[is_target]
-    labels[:used] = np.where(supervised, values[is_target], IGNORE)
-    positions = np.arange(size, dtype=np.int64) - used  # (T); padding counts from 0
-    positions[:used] = position[is_input]
+    source = np.asarray(tokens)  # slices of a plain array are cheaper than of a mapped one
+    starts = index.inst_start.astype(np.int64)
+    if not np.array_equal(starts + prompt, index.resp_start):
+        source = row_tokens(source, index)
+        starts = np.cumsum(whole) - whole
+    stops = starts + inputs
+    stream = np.full(size, pad_token, np.int64)  # (T)
+    rows = [source[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
+    np.concatenate(rows, out=stream[:used])
+
+    row_ends = np.cumsum(inputs)
+    positions = np.arange(size, dtype=np.int64)  # (T)
+    positions[:used] -= np.repeat(row_ends - inputs, inputs)
+    positions[used:] -= used  # padding counts from 0
+    after = positions[:used] + 1  # the place of the token that each input predicts
+    prompt_of = np.repeat(prompt, inputs)
+    labels = np.full(size, IGNORE, np.int64)  # (T)
+    labels[: used - 1] = stream[1:used]
+    labels[row_ends - 1] = source[stops]
+    if not supervise_prompts:
+        np.putmask(labels[:used], after < prompt_of, IGNORE)
     visible_end = np.zeros(size, np.int64)  # (T)
-    visible_end[:used] = positions[:used] + 1
     if prefix_lm:
-        np.maximum(visible_end[:used], prompt[row][is_input], out=visible_end[:used])
+        np.maximum(after, prompt_of, out=visible_end[:used])
+    else:
+        visible_end[:used] = after
     layout = RowLayout(
         num_tokens=size,
         lengths=tuple(inputs.tolist()),

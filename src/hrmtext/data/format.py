@@ -288,6 +288,19 @@ def read_index(folder: Path, tokens: Array) -> RowIndex:
     return index
 
 
+def row_tokens(tokens: Array, index: RowIndex) -> Array:
+    """The tokens of rows, prompt, response, prompt, response, ..., end to end."""
+    starts = np.stack([index.inst_start, index.resp_start], axis=1).ravel()
+    stops = np.stack(
+        [index.inst_start + index.inst_len, index.resp_start + index.resp_len], axis=1
+    ).ravel()
+    if len(starts) and np.array_equal(stops[:-1], starts[1:]):
+        return tokens[starts[0] : stops[-1]]
+    return np.concatenate(
+        [tokens[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
+    )
+
+
 def open_array(path: Path) -> Array:
     """A one-dimensional array of integers, memory-mapped; DataError if it is anything else."""
     try:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 
 from hrmtext.batch import PackedBatch
@@ -18,6 +20,8 @@ from hrmtext.errors import CheckpointError, ConfigError, DataError
 from hrmtext.runtime.rng import numpy_generator
 
 STATE_VERSION = 1
+PLAN_NEXT_AT = 0.5
+"""Share of an epoch after which the next one is planned."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -107,7 +111,7 @@ class Loader:
         self.pad_to, self.prefix_lm, self.prefetch = pad_to, prefix_lm, prefetch
         self.supervise_prompts = supervise_prompts
         self._next = (0, 0)
-        self._cached: _Epoch | None = None
+        self._planned: dict[int, _Epoch] = {}
         self._counts: dict[int, int] = {}
         self._lock = threading.Lock()
 
@@ -159,12 +163,29 @@ class Loader:
             self._next = (batch.epoch, batch.index + 1)
             yield batch
 
-    def _produce(self, number: int, at: int) -> Iterator[GlobalBatch]:
-        while True:
-            epoch = self._epoch(number)
-            for index in range(at, epoch.plan.num_batches):
-                yield self._batch(epoch, index)
-            number, at = number + 1, 0
+    def _produce(self, number: int, at: int) -> Generator[GlobalBatch]:
+        planner: threading.Thread | None = None
+        try:
+            while True:
+                epoch = self._epoch(number)
+                # The next epoch is planned while this one is served, so that nobody waits for it.
+                plan_at = max(at, int(epoch.plan.num_batches * PLAN_NEXT_AT))
+                for index in range(at, epoch.plan.num_batches):
+                    if index == plan_at:
+                        planner = threading.Thread(
+                            target=self._plan_ahead, args=(number + 1,),
+                            name="hrmtext-planner", daemon=True,
+                        )  # fmt: skip
+                        planner.start()
+                    yield self._batch(epoch, index)
+                number, at = number + 1, 0
+        finally:
+            if planner is not None:
+                planner.join()
+
+    def _plan_ahead(self, number: int) -> None:
+        with contextlib.suppress(Exception):  # raised where the epoch is asked for
+            self._epoch(number)
 
     def _batch(self, epoch: _Epoch, index: int) -> GlobalBatch:
         plan = epoch.plan
@@ -200,19 +221,23 @@ class Loader:
 
     def _epoch(self, number: int) -> _Epoch:
         with self._lock:
-            if self._cached is None or self._cached.number != number:
+            if number not in self._planned:
                 index = self.data.epoch(number % self.data.num_epochs)
                 generator = numpy_generator(self.seed, "order", self.data.fingerprint, number)
                 if not index.num_rows:
                     raise DataError(f"epoch {number} of {self.data.folder} has no rows")
                 order = generator.permutation(index.num_rows)
-                lengths = index.input_lengths()[order]
+                if index.num_rows < 1 << 31:
+                    order = order.astype(np.int32)  # held for the whole epoch
+                lengths = index.input_lengths().astype(np.int32)[order]
                 plan = plan_epoch(lengths, self.batch_tokens, self.bin_tokens)
-                self._cached = _Epoch(number, index, order, plan)
-            return self._cached
+                if len(self._planned) > 1:  # the epoch being served and the next one
+                    del self._planned[min(self._planned)]
+                self._planned[number] = _Epoch(number, index, order, plan)
+            return self._planned[number]
 
 
-def _ahead(source: Iterator[GlobalBatch], depth: int) -> Iterator[GlobalBatch]:
+def _ahead(source: Generator[GlobalBatch], depth: int) -> Iterator[GlobalBatch]:
     """`source`, computed up to `depth` items ahead by a thread; its errors surface here."""
     items: queue.Queue[GlobalBatch | BaseException] = queue.Queue(maxsize=depth)
     stopped = threading.Event()
@@ -233,6 +258,8 @@ def _ahead(source: Iterator[GlobalBatch], depth: int) -> Iterator[GlobalBatch]:
                     return
         except BaseException as error:  # handed over, and raised in the consumer's thread
             put(error)
+        finally:
+            source.close()
 
     thread = threading.Thread(target=work, name="hrmtext-prefetch", daemon=True)
     thread.start()

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hrmtext.data.format import Array, RowIndex
+from hrmtext.data.format import Array, RowIndex, row_tokens
 from hrmtext.runtime.rng import keyed_seed, mix64, numpy_generator
 
 BIN_BITS = 12
@@ -175,16 +175,3 @@ class RowHasher:
         words = self._words[values]
         words *= self._powers[: len(words)]
         return np.add.reduceat(words, starts) * self._inverses[starts]
-
-
-def row_tokens(tokens: Array, index: RowIndex) -> Array:
-    """The tokens of rows, prompt, response, prompt, response, ..., end to end."""
-    starts = np.stack([index.inst_start, index.resp_start], axis=1).ravel()
-    stops = np.stack(
-        [index.inst_start + index.inst_len, index.resp_start + index.resp_len], axis=1
-    ).ravel()
-    if len(starts) and np.array_equal(stops[:-1], starts[1:]):
-        return tokens[starts[0] : stops[-1]]
-    return np.concatenate(
-        [tokens[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
-    )

@@ -6,6 +6,7 @@ depend on how many ranks there are.
 
 from __future__ import annotations
 
+import array
 import dataclasses
 import heapq
 from typing import Any
@@ -23,8 +24,8 @@ class Plan:
     bin_tokens: int
     """Most input tokens of a bin."""
     bins_per_batch: int
-    rows: npt.NDArray[np.int64]
-    """(N) row numbers, bin after bin."""
+    rows: npt.NDArray[np.integer[Any]]
+    """(N) row numbers, bin after bin; int32 where they fit."""
     offsets: npt.NDArray[np.int64]
     """(num_batches * bins_per_batch + 1) where each bin starts in `rows`."""
 
@@ -38,12 +39,12 @@ class Plan:
         """Most input tokens of a global batch."""
         return self.bin_tokens * self.bins_per_batch
 
-    def bin(self, batch: int, number: int) -> npt.NDArray[np.int64]:
+    def bin(self, batch: int, number: int) -> npt.NDArray[np.integer[Any]]:
         """Rows of bin `number` of a batch."""
         at = batch * self.bins_per_batch + number
         return self.rows[self.offsets[at] : self.offsets[at + 1]]
 
-    def batch(self, batch: int) -> npt.NDArray[np.int64]:
+    def batch(self, batch: int) -> npt.NDArray[np.integer[Any]]:
         """Rows of all bins of a batch."""
         at = batch * self.bins_per_batch
         return self.rows[self.offsets[at] : self.offsets[at + self.bins_per_batch]]
@@ -111,31 +112,33 @@ def _fill_batches(
     sizes: npt.NDArray[np.int64], bin_tokens: int, bins_per_batch: int
 ) -> tuple[Any, Any]:
     ends = np.cumsum(sizes)
-    length_of = sizes.tolist()
     capacity = bin_tokens * bins_per_batch
-    rows: list[int] = []
-    offsets = [0]
+    # Arrays: as lists, the numbers of a hundred million rows would take many times the room.
+    rows = np.empty(len(sizes), dtype=np.int32 if len(sizes) < 1 << 31 else np.int64)
+    offsets = array.array("q", [0])
+    placed = 0
     carried: list[int] = []
     at = 0
-    while at < len(length_of) or carried:
+    while at < len(sizes) or carried:
         # As many new rows as the batch has room for beside the carried ones.
-        room = capacity - sum(length_of[row] for row in carried)
+        room = capacity - int(sizes[carried].sum())
         before = int(ends[at - 1]) if at else 0
         stop = max(at, int(np.searchsorted(ends, before + room, side="right")))
-        new = at + np.argsort(-sizes[at:stop], kind="stable")
+        order = np.array([*carried, *(at + np.argsort(-sizes[at:stop], kind="stable"))], np.int64)
         bins: list[list[int]] = [[] for _ in range(bins_per_batch)]
         heap = [(0, number) for number in range(bins_per_batch)]
         left_over: list[int] = []
-        for row in [*carried, *new.tolist()]:
+        for row, length in zip(order.tolist(), sizes[order].tolist(), strict=True):
             load, number = heap[0]
-            load += length_of[row]
+            load += length
             if load > bin_tokens:
                 left_over.append(row)  # the least loaded bin has no room, so none has
                 continue
             heapq.heapreplace(heap, (load, number))
             bins[number].append(row)
         for members in bins:
-            rows += members
-            offsets.append(len(rows))
+            rows[placed : placed + len(members)] = members
+            placed += len(members)
+            offsets.append(placed)
         carried, at = left_over, stop
-    return np.array(rows, dtype=np.int64), np.array(offsets, dtype=np.int64)
+    return rows, np.frombuffer(offsets, dtype=np.int64)

@@ -308,7 +308,7 @@ def _strata_state(folder: Path) -> list[Any]:
     state = []
     for path in sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith(".")):
         marker = require_complete(path)
-        state.append([path.name, marker["tokenizer"], marker["source_mtime_ns"], marker["files"]])
+        state.append([path.name, marker["tokenizer"], marker["source"], marker["files"]])
     return state
 
 

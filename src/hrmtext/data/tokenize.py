@@ -1,37 +1,53 @@
-"""Cleaned rows to tokenised strata: in parallel, incrementally, restartable."""
+"""Cleaned rows to tokenised strata: in parallel, incrementally, restartable.
+
+Large files are tokenised in parts, by several workers; a part is a folder of the same form as a
+stratum below `.parts/`, and parts are joined when the last of a stratum is there.
+"""
 
 from __future__ import annotations
 
+import collections
+import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hrmtext.data.example import Example
 from hrmtext.data.format import (
     INDEX_NAMES,
     METADATA_FILE,
     REPORT_FILE,
     TOKENIZER_INFO_FILE,
     TOKENS_FILE,
-    RowIndex,
+    ArrayWriter,
+    open_array,
+    read_chunks,
     read_json,
-    save_array,
     tokenizer_info,
 )
-from hrmtext.data.sources.local import RowProblems, find_files, read_batches
+from hrmtext.data.parts import PART_BYTES, Part, plan_parts
+from hrmtext.data.sources.local import PLACES_KEPT, RowProblems, find_files, read_batches
 from hrmtext.data.tokenizer import TOKENIZER_FILE, PromptTokenizer
 from hrmtext.data.workers import Progress, WorkerPool
 from hrmtext.errors import CheckpointError, DataError
-from hrmtext.runtime.io import MARKER, atomic_folder, require_complete, write_json
+from hrmtext.runtime.io import (
+    MARKER,
+    atomic_folder,
+    exclusive,
+    fingerprint,
+    require_complete,
+    write_json,
+)
 from hrmtext.runtime.log import logger
 
 WORKER = "hrmtext.data.tokenize_worker"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+PARTS_FOLDER = ".parts"
+VALUES_PER_COPY = 1 << 22
 MIN_BYTES_FOR_WORKERS = 8_000_000
 """Below this, starting processes takes longer than tokenising in this one."""
 
@@ -61,143 +77,292 @@ def tokenize_files(
     tokenizer: PromptTokenizer,
     *,
     num_workers: int | None = None,
+    part_bytes: int = PART_BYTES,
     progress: Progress | None = None,
 ) -> TokenizeReport:
     """Tokenise every file into `out/<stratum>/`, leaving out those that are up to date.
 
-    A stratum is redone if its source's size or time of change differs, or the tokenizer does. Each
-    is written whole or not at all, so an interrupted run goes on where it stopped.
+    A stratum is redone if its source's content differs, or the tokenizer does; a source of the same
+    size and time of change is taken to be the same. Strata and parts are written whole or not at
+    all, so an interrupted run goes on where it stopped. Memory does not grow with the files.
 
     Args:
         sources: a file, a folder, or stratum name -> file.
         num_workers: processes; None: one a core where there is enough to do. The result is the
             same. One process uses all cores too, but reads and writes on one.
+        part_bytes: about how much of a file is one part; the result is the same.
 
     Raises:
-        DataError: no source, or a source that cannot be read. StorageError: the disk is full.
+        DataError: no source, or a source that cannot be read. StorageError: the disk is full, or
+            another process writes `out`.
     """
     files = dict(sources) if isinstance(sources, Mapping) else find_files(sources)
     out = Path(out)
-    tokenizer.save(out)
-    write_json(out / TOKENIZER_INFO_FILE, tokenizer_info(tokenizer))
-    removed = _remove_orphans(out, set(files))
-    todo = [name for name in files if not _is_current(out / name, files[name], tokenizer)]
-    # The largest first, so that the last to finish are small.
-    todo.sort(key=lambda name: (-files[name].stat().st_size, name))
-    num_bytes = sum(files[name].stat().st_size for name in todo)
-    if num_workers is None:
-        num_workers = (os.cpu_count() or 1) if num_bytes >= MIN_BYTES_FOR_WORKERS else 1
-
-    done = 0
-
-    def advance(index: int) -> None:
-        nonlocal done
-        done += files[todo[index]].stat().st_size
-        if progress is not None:
-            progress("tokenizing bytes", done, num_bytes)
-
-    if num_workers > 1 and len(todo) > 1:
-        requests = [
-            {
-                "what": f"tokenizing {files[name]}",
-                "source": str(files[name]),
-                "folder": str(out / name),
-                "tokenizer": str(out / TOKENIZER_FILE),
-            }
-            for name in todo
-        ]
-        with WorkerPool(WORKER, num_workers) as pool:
-            pool.ask(requests, advance)
-    else:
-        for index, name in enumerate(todo):
-            tokenize_file(files[name], out / name, tokenizer)
-            advance(index)
-
-    markers = {name: require_complete(out / name) for name in sorted(files)}
-    report = TokenizeReport(
-        num_strata=len(files),
-        num_redone=len(todo),
-        num_removed=removed,
-        num_rows=sum(marker["num_rows"] for marker in markers.values()),
-        num_tokens=sum(marker["num_tokens"] for marker in markers.values()),
-        dropped={name: m["dropped"] for name, m in markers.items() if m["dropped"]},
-    )
-    write_json(out / REPORT_FILE, report.to_mapping())
+    with exclusive(out):
+        tokenizer.save(out)
+        write_json(out / TOKENIZER_INFO_FILE, tokenizer_info(tokenizer))
+        _remove_leftovers(out)
+        removed = _remove_orphans(out, set(files))
+        todo = [name for name in files if not _is_current(out / name, files[name], tokenizer)]
+        # The largest first, so that the last to finish are small.
+        todo.sort(key=lambda name: (-files[name].stat().st_size, name))
+        _Run(out, {name: files[name] for name in todo}, tokenizer, part_bytes, progress).work(
+            num_workers
+        )
+        shutil.rmtree(out / PARTS_FOLDER, ignore_errors=True)
+        markers = {name: require_complete(out / name) for name in sorted(files)}
+        report = TokenizeReport(
+            num_strata=len(files),
+            num_redone=len(todo),
+            num_removed=removed,
+            num_rows=sum(marker["num_rows"] for marker in markers.values()),
+            num_tokens=sum(marker["num_tokens"] for marker in markers.values()),
+            dropped={name: m["dropped"] for name, m in markers.items() if m["dropped"]},
+        )
+        # What this run happened to redo is no property of the folder: left out of the file.
+        lasting = report.to_mapping()
+        del lasting["num_redone"], lasting["num_removed"]
+        write_json(out / REPORT_FILE, lasting)
     return report
+
+
+class _Run:
+    """The strata to do, as requests for workers (or for this process, if it works alone)."""
+
+    def __init__(
+        self,
+        out: Path,
+        files: Mapping[str, Path],
+        tokenizer: PromptTokenizer,
+        part_bytes: int,
+        progress: Progress | None,
+    ) -> None:
+        self.progress = progress
+        self.num_bytes = sum(path.stat().st_size for path in files.values())
+        self.done = 0.0
+        self.requests: list[dict[str, Any]] = []
+        self.weights: list[float] = []
+        self.waiting: collections.Counter[str] = collections.Counter()
+        self.joins: dict[str, dict[str, Any]] = {}
+        for name, path in files.items():
+            parts = plan_parts(path, part_bytes)
+            stat = path.stat()
+            request = {
+                "what": f"tokenizing {path}",
+                "tokenizer": str(out / TOKENIZER_FILE),
+                "source": str(path),
+                "folder": str(out / name),
+                "stat": [stat.st_size, stat.st_mtime_ns],
+            }
+            if len(parts) == 1:
+                self._add(request, stat.st_size)
+                continue
+            folders = [str(out / PARTS_FOLDER / name / f"{at:06}") for at in range(len(parts))]
+            # The bounds tell whether a part left by a killed run is of the same cut.
+            bounds = [[str(folder), *part] for folder, part in zip(folders, parts, strict=True)]
+            for folder, *part in bounds:
+                self._add(request | {"part": part, "folder": folder}, stat.st_size / len(parts))
+            self.waiting[str(path)] = len(parts)
+            self.joins[str(path)] = request | {"join": folders}
+        self.tokenizer = tokenizer
+
+    def work(self, num_workers: int | None) -> None:
+        """Answer all requests."""
+        if num_workers is None:
+            many = self.num_bytes >= MIN_BYTES_FOR_WORKERS
+            num_workers = (os.cpu_count() or 1) if many else 1
+        if num_workers > 1 and len(self.requests) > 1:
+            with WorkerPool(WORKER, num_workers) as pool:
+                pool.ask(self.requests, self._answered)
+            return
+        for index, request in enumerate(self.requests):
+            _answer(request, self.tokenizer)
+            join = self._answered(index)
+            if join is not None:
+                _answer(join, self.tokenizer)
+
+    def _add(self, request: dict[str, Any], weight: float) -> None:
+        self.requests.append(request)
+        self.weights.append(weight)
+
+    def _answered(self, index: int) -> dict[str, Any] | None:
+        """Count progress; the joining of a stratum whose last part this was."""
+        self.done += self.weights[index]
+        if self.progress is not None:
+            self.progress("tokenizing bytes", round(self.done), self.num_bytes)
+        source = self.requests[index]["source"]
+        self.waiting[source] -= 1
+        return self.joins.get(source) if self.waiting[source] == 0 else None
 
 
 def tokenize_file(source: Path, folder: Path, tokenizer: PromptTokenizer) -> None:
     """Tokenise one file into one stratum folder, whole or not at all."""
-    before = source.stat()
+    stat = source.stat()
     problems = RowProblems()
-    writer = _Rows()
-    for batch in read_batches(source, problems):
-        writer.add(batch, tokenizer)
-    tokens, index = writer.arrays()
-    with atomic_folder(
-        folder,
-        replace=True,
-        format_version=FORMAT_VERSION,
-        tokenizer=tokenizer.fingerprint,
-        source_mtime_ns=before.st_mtime_ns,
-        num_rows=index.num_rows,
-        num_tokens=len(tokens),
-        dropped=problems.to_mapping(),
-    ) as temporary:
-        save_array(temporary / TOKENS_FILE, tokens)
-        for name, array in zip(INDEX_NAMES, index, strict=True):
-            save_array(temporary / f"{name}.npy", array)
-        write_json(
-            temporary / METADATA_FILE,
-            {"source_mtime": int(before.st_mtime), "source_size": before.st_size},
-        )
+    with _stratum(source, folder, tokenizer, [stat.st_size, stat.st_mtime_ns]) as writer:
+        writer.add_rows(source, tokenizer, problems)
+        writer.dropped = problems.to_mapping()
 
 
-class _Rows:
-    """Rows laid end to end: prompt, response, prompt, response, ..."""
+def _tokenize_part(request: dict[str, Any], tokenizer: PromptTokenizer) -> None:
+    """Tokenise one part, unless an earlier run has left it."""
+    folder = Path(request["folder"])
+    key = [*request["stat"], *request["part"], tokenizer.fingerprint]
+    with contextlib.suppress(CheckpointError):
+        if require_complete(folder).get("key") == key:
+            return
+    problems = RowProblems()
+    marker: dict[str, Any] = {"key": key}
+    with (
+        atomic_folder(folder, replace=True, late=marker) as temporary,
+        _StratumWriter(temporary) as writer,
+    ):
+        writer.add_rows(Path(request["source"]), tokenizer, problems, Part(*request["part"]))
+        marker |= {"num_read": problems.num_read, "dropped": problems.to_mapping()}
 
-    def __init__(self) -> None:
-        self.tokens: list[np.ndarray] = []
-        self.lengths: list[np.ndarray] = []
 
-    def add(self, batch: list[Example], tokenizer: PromptTokenizer) -> None:
-        conditions, instructions, responses = zip(*batch, strict=True)
-        prompts = tokenizer.encode_prompts(instructions, conditions)
-        answers = tokenizer.encode_responses(responses)
-        flat: list[int] = []
-        lengths: list[int] = []
-        for prompt, answer in zip(prompts, answers, strict=True):
-            flat += prompt
-            flat += answer
-            lengths += (len(prompt), len(answer))
-        self.tokens.append(np.array(flat, dtype=np.uint32))
-        self.lengths.append(np.array(lengths, dtype=np.uint64))
+def _join_parts(request: dict[str, Any], tokenizer: PromptTokenizer) -> None:
+    """Put the parts of a stratum together, and remove them."""
+    folders = [Path(folder) for folder in request["join"]]
+    source, folder = Path(request["source"]), Path(request["folder"])
+    dropped: dict[str, dict[str, Any]] = {}
+    with _stratum(source, folder, tokenizer, request["stat"]) as writer:
+        num_read = 0
+        for part in folders:
+            marker = require_complete(part)
+            writer.add_part(part)
+            _add_dropped(dropped, marker["dropped"], num_read)
+            num_read += marker["num_read"]
+        writer.dropped = dict(sorted(dropped.items()))
+    shutil.rmtree(folders[0].parent)
 
-    def arrays(self) -> tuple[np.ndarray, RowIndex]:
-        tokens = np.concatenate([np.empty(0, np.uint32), *self.tokens])
-        lengths = np.concatenate([np.empty(0, np.uint64), *self.lengths])
-        starts = np.cumsum(lengths, dtype=np.uint64) - lengths
-        return tokens, RowIndex(starts[0::2], lengths[0::2], starts[1::2], lengths[1::2])
+
+@contextlib.contextmanager
+def _stratum(
+    source: Path, folder: Path, tokenizer: PromptTokenizer, stat: list[int]
+) -> Iterator[_StratumWriter]:
+    """Write a stratum folder; refuse a source that has changed since `stat` (size, time in ns)."""
+    marker: dict[str, Any] = {
+        "format_version": FORMAT_VERSION,
+        "tokenizer": tokenizer.fingerprint,
+        "source": "",
+        "source_mtime_ns": stat[1],
+    }
+    with atomic_folder(folder, replace=True, late=marker) as temporary:
+        with _StratumWriter(temporary) as writer:
+            yield writer
+        marker |= {
+            "source": fingerprint(source),
+            "num_rows": writer.num_rows,
+            "num_tokens": writer.num_tokens,
+            "dropped": writer.dropped,
+        }
+        now = source.stat()
+        if [now.st_size, now.st_mtime_ns] != stat:
+            raise DataError(f"{source} was changed while it was tokenised; run the same again")
+        _write_metadata(temporary, now)
+
+
+class _StratumWriter:
+    """Rows laid end to end: prompt, response, prompt, response, ...; little of it in memory."""
+
+    def __init__(self, folder: Path) -> None:
+        self.dropped: dict[str, Any] = {}
+        self._tokens = ArrayWriter(folder / TOKENS_FILE, np.uint32)
+        self._columns = [ArrayWriter(folder / f"{name}.npy", np.uint64) for name in INDEX_NAMES]
+
+    def __enter__(self) -> _StratumWriter:
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        for writer in (self._tokens, *self._columns):
+            writer.__exit__(*exception)
+
+    @property
+    def num_rows(self) -> int:
+        """Rows written."""
+        return self._columns[0].count
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens written."""
+        return self._tokens.count
+
+    def add_rows(
+        self,
+        source: Path,
+        tokenizer: PromptTokenizer,
+        problems: RowProblems,
+        part: Part | None = None,
+    ) -> None:
+        """Tokenise a file or a part of it."""
+        for batch in read_batches(source, problems, part):
+            tokens, lengths = tokenizer.encode_rows(*zip(*batch, strict=True))
+            sizes = np.array(lengths, dtype=np.uint64)
+            starts = np.cumsum(sizes) - sizes + np.uint64(self.num_tokens)
+            self._tokens.write(np.frombuffer(tokens, dtype=np.uint32))
+            columns = (starts[0::2], sizes[0::2], starts[1::2], sizes[1::2])
+            for writer, column in zip(self._columns, columns, strict=True):
+                writer.write(column)
+
+    def add_part(self, folder: Path) -> None:
+        """Append a part that was written the same way."""
+        base = np.uint64(self.num_tokens)
+        for name, writer in zip(INDEX_NAMES, self._columns, strict=True):
+            shift = base if name.endswith("_start") else np.uint64(0)
+            for chunk in read_chunks(open_array(folder / f"{name}.npy"), VALUES_PER_COPY):
+                writer.write(chunk + shift)
+        for chunk in read_chunks(open_array(folder / TOKENS_FILE), VALUES_PER_COPY):
+            self._tokens.write(chunk)
+
+
+def _add_dropped(total: dict[str, dict[str, Any]], more: dict[str, Any], num_read: int) -> None:
+    """Add the dropped rows of a part, before which the file has `num_read` lines or rows."""
+    for reason, problem in more.items():
+        known = total.setdefault(reason, {"rows": 0, "first": []})
+        known["rows"] += problem["rows"]
+        for place in problem["first"][: PLACES_KEPT - len(known["first"])]:
+            file, _, number = place.rpartition(":")
+            known["first"].append(f"{file}:{int(number) + num_read}")
+
+
+def _write_metadata(folder: Path, stat: os.stat_result) -> None:
+    values = {"source_mtime": int(stat.st_mtime), "source_size": stat.st_size}
+    write_json(folder / METADATA_FILE, values)
 
 
 def _is_current(folder: Path, source: Path, tokenizer: PromptTokenizer) -> bool:
     try:
         marker = require_complete(folder)
-    except CheckpointError:
+        size = read_json(folder / METADATA_FILE).get("source_size")
+    except (CheckpointError, DataError):
         return False
-    return (
-        marker.get("format_version") == FORMAT_VERSION
-        and marker.get("tokenizer") == tokenizer.fingerprint
-        and marker.get("source_mtime_ns") == source.stat().st_mtime_ns
-        and _source_size(folder) == source.stat().st_size
-    )
+    stat = source.stat()
+    if (
+        marker.get("format_version") != FORMAT_VERSION
+        or marker.get("tokenizer") != tokenizer.fingerprint
+        or size != stat.st_size
+    ):
+        return False
+    if marker["source_mtime_ns"] == stat.st_mtime_ns:
+        return True
+    if marker["source"] != fingerprint(source):
+        return False
+    # Touched, but the same: note the new time, so that it need not be read again.
+    _write_metadata(folder, stat)
+    write_json(folder / MARKER, marker | {"source_mtime_ns": stat.st_mtime_ns})
+    return True
 
 
-def _source_size(folder: Path) -> int | None:
-    try:
-        return read_json(folder / METADATA_FILE).get("source_size")
-    except DataError:
-        return None
+def _remove_leftovers(out: Path) -> None:
+    """Remove what a killed run was writing; nobody else writes, as the caller holds the lock."""
+    for place in (out, *(out / PARTS_FOLDER).glob("*")):
+        for pattern in (".*.tmp", ".*.old"):
+            for leftover in place.glob(pattern):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
 
 
 def _remove_orphans(out: Path, expected: set[str]) -> int:
@@ -212,6 +377,15 @@ def _remove_orphans(out: Path, expected: set[str]) -> int:
     return removed
 
 
+def _answer(request: dict[str, Any], tokenizer: PromptTokenizer) -> None:
+    if "join" in request:
+        _join_parts(request, tokenizer)
+    elif "part" in request:
+        _tokenize_part(request, tokenizer)
+    else:
+        tokenize_file(Path(request["source"]), Path(request["folder"]), tokenizer)
+
+
 def handler() -> Callable[[dict[str, Any]], None]:
     """Answers the requests of `tokenize_files` in a worker process."""
     loaded: dict[str, PromptTokenizer] = {}
@@ -220,6 +394,6 @@ def handler() -> Callable[[dict[str, Any]], None]:
         path = request["tokenizer"]
         if path not in loaded:
             loaded[path] = PromptTokenizer.load(path)
-        tokenize_file(Path(request["source"]), Path(request["folder"]), loaded[path])
+        _answer(request, loaded[path])
 
     return handle

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import array
 import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
@@ -214,13 +215,47 @@ class PromptTokenizer:
         """Responses of many texts; DataError for text that is not valid Unicode."""
         return [[*text, self.eos_id] for text in self.encode_texts(texts)]
 
+    def encode_rows(
+        self, conditions: Sequence[str], instructions: Sequence[str], responses: Sequence[str]
+    ) -> tuple[array.array[int], list[int]]:
+        """Many rows end to end: prompt, response, prompt, response, ...; and the length of each.
+
+        What `encode_prompts` and `encode_responses` give, faster.
+
+        Returns:
+            Token ids as unsigned 32-bit values, and 2 lengths a row.
+
+        Raises:
+            DataError: an unknown condition, or text that is not valid Unicode.
+        """
+        heads = {c: [self.bos_id, *self.parse_condition(c)] for c in set(conditions)}
+        encodings = self._encode([*instructions, *responses])
+        count = len(instructions)
+        flat: list[int] = []
+        lengths: list[int] = []
+        at = 0
+        for condition, prompt, response in zip(
+            conditions, encodings[:count], encodings[count:], strict=True
+        ):
+            flat += heads[condition]
+            flat += prompt.ids
+            flat.append(self.prompt_end_id)
+            middle = len(flat)
+            flat += response.ids
+            flat.append(self.eos_id)
+            lengths += (middle - at, len(flat) - middle)
+            at = len(flat)
+        return array.array("I", flat), lengths
+
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of plain texts, without any special token; uses all cores for many texts."""
+        return [encoding.ids for encoding in self._encode(texts)]
+
+    def _encode(self, texts: Sequence[str]) -> list[Any]:
         try:
-            encodings = self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
+            return self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
         except (TypeError, UnicodeError) as error:
             raise DataError(_describe_bad_text(texts, error)) from error
-        return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens are left out, and nothing else is."""

@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -71,11 +71,18 @@ def write_json(path: str | Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | Path, *, replace: bool = False, **marker: Any) -> Iterator[Path]:
+def atomic_folder(
+    path: str | Path,
+    *,
+    replace: bool = False,
+    late: Mapping[str, Any] | None = None,
+    **marker: Any,
+) -> Iterator[Path]:
     """Yield a temporary folder; on success mark it complete, sync it and rename it to `path`.
 
     Args:
         replace: allow `path` to exist; it is swapped for the new folder.
+        late: extra values for the completion marker, read only when the folder is done.
         marker: extra values for the completion marker (format version, step, ...).
 
     Raises:
@@ -89,7 +96,7 @@ def atomic_folder(path: str | Path, *, replace: bool = False, **marker: Any) -> 
         try:
             temporary.mkdir(parents=True)
             yield temporary
-            mark_complete(temporary, **marker)
+            mark_complete(temporary, **marker, **(late or {}))
             if path.exists():
                 stale = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.old")
                 path.replace(stale)

@@ -7,7 +7,9 @@ import os
 import shutil
 
 import numpy as np
+import pyarrow
 import pytest
+from pyarrow import parquet
 
 from hrmtext.config.data import SamplingConfig, StratumRule
 from hrmtext.data import tokenize as tokenize_module
@@ -15,7 +17,9 @@ from hrmtext.data.format import SampledData, read_stratum
 from hrmtext.data.sample import sample
 from hrmtext.data.tokenize import tokenize_files
 from hrmtext.data.tokenizer import PromptTokenizer, train_tokenizer
+from hrmtext.data.workers import WorkerPool
 from hrmtext.errors import DataError, StorageError
+from hrmtext.runtime.io import exclusive
 
 NAMES = ("inst_start", "inst_len", "resp_start", "resp_len")
 
@@ -36,9 +40,6 @@ def cleaned(tmp_path, texts):
     ]  # fmt: skip
     write_jsonl(root / "a.jsonl", rows[:40])
     write_jsonl(root / "sub" / "b.jsonl", rows[40:100])
-    import pyarrow
-    from pyarrow import parquet
-
     parquet.write_table(pyarrow.Table.from_pylist(rows[100:]), root / "c.parquet")
     return root, {"a.jsonl": rows[:40], "sub__b.jsonl": rows[40:100], "c.parquet": rows[100:]}
 
@@ -245,11 +246,74 @@ def test_an_interrupted_run_goes_on_where_it_stopped(cleaned, tokenizer, tmp_pat
     assert (report.num_redone, report.num_strata) == (2, 3)
 
 
-def test_workers_change_nothing(cleaned, tokenized, tokenizer, tmp_path):
-    tokenize_files(cleaned[0], tmp_path / "parallel", tokenizer, num_workers=2)
-    for path in tokenized.rglob("*.npy"):
-        twin = tmp_path / "parallel" / path.relative_to(tokenized)
-        assert path.read_bytes() == twin.read_bytes()
+def snapshot(folder):
+    """Every file below a folder: path -> bytes."""
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def with_bad_lines(root):
+    """Problems in the middle of the files, whose places must not depend on parts."""
+    lines = (root / "a.jsonl").read_text().splitlines()
+    lines[7:7] = ["", "{broken", '{"instruction": "a"}']
+    lines[20:20] = ["{broken"] * 9
+    (root / "a.jsonl").write_text("\n".join(lines))  # without a line end at the end of the file
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_workers_and_parts_change_nothing(cleaned, tokenizer, tmp_path, workers):
+    root, _ = cleaned
+    with_bad_lines(root)
+    table = parquet.read_table(root / "c.parquet")
+    parquet.write_table(table, root / "c.parquet", row_group_size=3)
+    report = tokenize_files(root, tmp_path / "whole", tokenizer, num_workers=1)
+    assert report.num_rows == 120
+    whole = snapshot(tmp_path / "whole")
+    for part_bytes in (300, 2000) if workers == 1 else (500,):
+        out = tmp_path / f"parts{part_bytes}"
+        tokenize_files(root, out, tokenizer, num_workers=workers, part_bytes=part_bytes)
+        assert snapshot(out) == whole
+
+
+def test_a_touched_file_is_not_redone(cleaned, tokenized, tokenizer):
+    root, _ = cleaned
+    before = snapshot(tokenized)
+    stat = (root / "a.jsonl").stat()
+    os.utime(root / "a.jsonl", ns=(stat.st_atime_ns, stat.st_mtime_ns + 10**10))
+    assert tokenize_files(root, tokenized, tokenizer).num_redone == 0
+    after = snapshot(tokenized)
+    changed = {name for name in before if before[name] != after[name]}
+    # The new time is noted, for other programs too, and not compared by content again.
+    assert changed == {"a.jsonl/metadata.json", "a.jsonl/COMPLETE.json"}
+    assert json.loads(after["a.jsonl/metadata.json"])["source_mtime"] == (
+        int((stat.st_mtime_ns + 10**10) / 10**9)
+    )
+
+
+def test_a_dead_worker_changes_nothing(cleaned, tokenized, tokenizer, tmp_path, monkeypatch):
+    start = WorkerPool._start
+    started = []
+
+    def dies_once(pool):
+        worker = start(pool)
+        if not started:
+            worker[0].kill()
+        started.append(worker)
+        return worker
+
+    monkeypatch.setattr(WorkerPool, "_start", dies_once)
+    tokenize_files(cleaned[0], tmp_path / "out", tokenizer, num_workers=2)
+    assert len(started) == 2  # the other one took over
+    assert snapshot(tmp_path / "out") == snapshot(tokenized)
+
+
+def test_two_runs_do_not_write_one_folder(tokenized, cleaned, tokenizer):
+    with exclusive(tokenized), pytest.raises(StorageError, match="another process is writing"):
+        tokenize_files(cleaned[0], tokenized, tokenizer)
+    tokenize_files(cleaned[0], tokenized, tokenizer)
 
 
 def test_errors_of_workers_are_raised_as_they_are(cleaned, tokenizer, tmp_path):

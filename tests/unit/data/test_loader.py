@@ -14,7 +14,7 @@ import torch
 from hrmtext.batch import IGNORE, PackedBatch
 from hrmtext.config.data import SamplingConfig, StratumRule
 from hrmtext.data.collate import pack_rows, padding_bin
-from hrmtext.data.format import SampledData
+from hrmtext.data.format import RowIndex, SampledData
 from hrmtext.data.heldout import load_rows, validation_batches
 from hrmtext.data.loader import Loader
 from hrmtext.data.sample import sample
@@ -101,6 +101,45 @@ def test_the_fast_path_equals_from_rows(data, prefix_lm, padding):
         )
         assert same_batch(fast, slow)
         fast.validate(data.vocab_size)
+
+
+def test_rows_whose_parts_lie_apart_are_packed_alike(data):
+    index = data.epoch(0)
+    # Prompts at one end of the tokens, responses at the other, as another program may lay them.
+    rows = slow_rows(data, index)
+    prompts = [token for prompt, _ in rows for token in prompt]
+    tokens = np.array(prompts + [t for _, response in rows for t in response], np.uint16)
+    apart = RowIndex(
+        np.cumsum(index.inst_len) - index.inst_len,
+        index.inst_len,
+        len(prompts) + np.cumsum(index.resp_len) - index.resp_len,
+        index.resp_len,
+    )
+    assert same_batch(pack_rows(tokens, apart), pack_rows(data.tokens, index))
+
+
+def test_the_next_epoch_is_planned_before_this_one_ends(data, monkeypatch):
+    loader = Loader(data, **SIZES, seed=1)
+    planned = []
+    original = loader._epoch
+
+    def noted(number):
+        planned.append((number, threading.current_thread().name))
+        return original(number)
+
+    monkeypatch.setattr(loader, "_epoch", noted)
+    iterator = iter(loader)
+    count = loader.num_batches(0)
+    for _ in range(count):
+        next(iterator)
+    [thread] = [t for t in threading.enumerate() if t.name == "hrmtext-planner"] or [None]
+    if thread is not None:
+        thread.join()
+    assert (1, "hrmtext-planner") in planned
+    assert 1 in loader._planned
+    assert next(iterator).epoch == 1
+    iterator.close()
+    assert len(loader._planned) <= 2
 
 
 @pytest.mark.parametrize("size", [1, 7])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import pyarrow
 import pytest
 from pyarrow import parquet
 
 from hrmtext.data.example import Example
+from hrmtext.data.parts import plan_parts, read_lines
 from hrmtext.data.sources.local import (
     RowProblems,
     find_files,
@@ -33,6 +35,7 @@ BAD_LINES = {
     b'{"instruction": "a", "response": "b", "condition": ["cot"]}': "condition is not a string",
     b'{"instruction": "a", "response": "b", "condition": "cto"}': "unknown condition",
     b'{"instruction": "a", "response": "b", "condition": "cot,,synth"}': "unknown condition",
+    b'{"instruction": "a", "response": "b", "response": "c"}': "a key stands twice",
     b'{"instruction": "a", "response": ""}': "empty response",
     b'{"instruction": "a", "response": " \\n "}': "empty response",
     b'{"instruction": "a\\u0000", "response": "b"}': "NUL character",
@@ -153,3 +156,83 @@ def test_missing_and_wrong_paths_are_refused(tmp_path):
     (tmp_path / "x.csv").touch()
     with pytest.raises(DataError, match=r"expected a file ending in \.jsonl or \.parquet"):
         find_files(tmp_path / "x.csv")
+
+
+def test_a_line_too_long_to_be_a_row_is_counted_without_being_held(tmp_path, monkeypatch):
+    path = tmp_path / "rows.jsonl"
+    good = json.dumps(GOOD).encode() + b"\n"
+    with path.open("wb") as stream:
+        stream.write(good + b'{"instruction": "')
+        stream.seek(1 << 30, 1)  # a gigabyte that takes no room on disk
+        stream.write(b'", "response": "b"}\n' + good)
+    tracemalloc.start()
+    rows, problems = read(path)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert rows == [Example("synth,cot", "a", "b")] * 2
+    assert problems.to_mapping() == {"line too long": {"rows": 1, "first": [f"{path}:2"]}}
+    assert peak < 50_000_000
+
+    monkeypatch.setattr("hrmtext.data.parts.MAX_LINE_BYTES", len(good))
+    path.write_bytes(good + b" " + good + good)
+    rows, problems = read(path)
+    assert len(rows) == 2 and problems.places == {"line too long": [f"{path}:2"]}
+
+
+def test_parts_hold_every_line_once_wherever_they_are_cut(tmp_path, monkeypatch):
+    monkeypatch.setattr("hrmtext.data.parts.MAX_LINE_BYTES", 30)
+    monkeypatch.setattr("hrmtext.data.parts.SKIP_BYTES", 7)
+    path = tmp_path / "rows.jsonl"
+    for text in (b"a\nbb\n\nccc\n", b"", b"\n", b"x" * 100 + b"\nshort\n" + b"y" * 31, b"end"):
+        path.write_bytes(text)
+        whole = list(read_lines(path))
+        assert len(whole) == text.count(b"\n") + bool(text and not text.endswith(b"\n"))
+        for part_bytes in range(1, len(text) + 2):
+            parts = plan_parts(path, part_bytes)
+            assert [line for part in parts for line in read_lines(path, part)] == whole
+
+
+def test_parquet_parts_hold_every_row_once(tmp_path):
+    path = tmp_path / "rows.parquet"
+    table = pyarrow.table({"instruction": [f"{i}" for i in range(50)], "response": ["r"] * 50})
+    for group in (1, 7, 50):
+        parquet.write_table(table, path, row_group_size=group)
+        for part_bytes in (1, 300, 1 << 20):
+            parts = plan_parts(path, part_bytes)
+            rows = [
+                row.instruction
+                for part in parts
+                for batch in read_batches(path, RowProblems(strict=True), part)
+                for row in batch
+            ]
+            assert rows == [f"{i}" for i in range(50)]
+            assert part_bytes > 1 or len(parts) == -(-50 // group)
+    parquet.write_table(table.slice(0, 0), path)
+    assert len(plan_parts(path)) == 1
+
+
+def test_links_out_of_the_folder_and_to_nothing_are_refused(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "secret.jsonl").write_text(json.dumps(GOOD))
+    inner = tmp_path / "in" / "a.jsonl"
+    inner.write_text(json.dumps(GOOD))
+    link = tmp_path / "in" / "b.jsonl"
+    link.symlink_to(inner)
+    assert list(find_files(tmp_path / "in")) == ["a.jsonl", "b.jsonl"]
+    link.unlink()
+    link.symlink_to(tmp_path / "secret.jsonl")
+    with pytest.raises(DataError, match=r"b\.jsonl is a symbolic link to .*, outside"):
+        find_files(tmp_path / "in")
+    link.unlink()
+    link.symlink_to(tmp_path / "gone.jsonl")
+    with pytest.raises(DataError, match=r"b\.jsonl is a symbolic link .* does not exist"):
+        find_files(tmp_path / "in")
+
+
+def test_a_doubled_parquet_column_is_refused(tmp_path):
+    path = tmp_path / "rows.parquet"
+    arrays = [pyarrow.array(["a"])] * 3
+    table = pyarrow.Table.from_arrays(arrays, names=["instruction", "response", "response"])
+    parquet.write_table(table, path)
+    with pytest.raises(DataError, match="has 2 columns 'response'"):
+        read(path)

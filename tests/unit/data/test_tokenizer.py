@@ -226,3 +226,20 @@ def test_a_post_processor_in_the_file_changes_no_id(tokenizer, tmp_path):
     wrapped.enable_truncation(4)
     wrapped.enable_padding(length=64)
     assert PromptTokenizer(wrapped).encode_prompt(QUESTION) == tokenizer.encode_prompt(QUESTION)
+
+
+def test_rows_end_to_end_are_prompts_and_responses(tokenizer, texts):
+    rows = [
+        (("direct", "synth,cot", "")[i % 3], text, text[i % 9 :]) for i, text in enumerate(texts)
+    ]
+    rows.append(("cot", "<|im_end|>", "<|box_end|>"))  # special tokens in a text stay text
+    tokens, lengths = tokenizer.encode_rows(*zip(*rows, strict=True))
+    expected = []
+    for condition, instruction, response in rows:
+        expected += [
+            tokenizer.encode_prompt(instruction, condition),
+            tokenizer.encode_response(response),
+        ]
+    assert lengths == [len(part) for part in expected]
+    assert tokens.tolist() == [token for part in expected for token in part]
+    assert expected[-1].count(tokenizer.eos_id) == 1 and len(expected[-1]) > 5

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
@@ -11,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from hrmtext.data.example import DEFAULT_CONDITION, Example
+from hrmtext.data.parts import Part, open_parquet, read_lines
 from hrmtext.data.tokenizer import CONDITIONS
-from hrmtext.errors import BackendError, DataError
+from hrmtext.errors import DataError
 
 SUFFIXES = (".jsonl", ".parquet")
 ROWS_PER_BATCH = 1_000
@@ -28,6 +28,8 @@ class RowProblems:
     counts: dict[str, int] = dataclasses.field(default_factory=dict)
     places: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     """Reason -> the first few `file:line` (Parquet: `file:row`), counted from 1."""
+    num_read: int = 0
+    """Lines or rows read so far, blank lines too, of the file or part being read."""
 
     def add(self, reason: str, place: str) -> None:
         """Count one row; DataError if `strict`."""
@@ -57,7 +59,8 @@ def find_files(path: str | Path) -> dict[str, Path]:
     The name is the file's path below the folder, `/` written as `__`; hidden files do not count.
 
     Raises:
-        DataError: nothing there, or two files whose names become the same.
+        DataError: nothing there, two files whose names become the same, or a symbolic link that
+            leads out of the folder or to nothing.
     """
     path = Path(path)
     if path.is_file():
@@ -70,7 +73,8 @@ def find_files(path: str | Path) -> dict[str, Path]:
     for file in sorted(path.rglob("*")):
         below = file.relative_to(path)
         hidden = any(part.startswith(".") for part in below.parts)
-        if file.suffix in SUFFIXES and file.is_file() and not hidden:
+        if file.suffix in SUFFIXES and not hidden and (file.is_file() or file.is_symlink()):
+            _refuse_stray_link(file, path)
             name = below.as_posix().replace("/", "__")
             if name in files:
                 raise DataError(
@@ -82,6 +86,18 @@ def find_files(path: str | Path) -> dict[str, Path]:
     return files
 
 
+def _refuse_stray_link(file: Path, root: Path) -> None:
+    if file.is_symlink():
+        target = file.resolve()
+        if not target.is_file():
+            raise DataError(f"{file} is a symbolic link to {target}, which does not exist")
+        if not target.is_relative_to(root.resolve()):
+            raise DataError(
+                f"{file} is a symbolic link to {target}, outside {root}; copy the file, or name "
+                "its own folder as the source"
+            )
+
+
 def stratum_label(name: str) -> str:
     """A stratum's name without the ending of its file."""
     for suffix in SUFFIXES:
@@ -89,20 +105,23 @@ def stratum_label(name: str) -> str:
     return name
 
 
-def read_batches(path: Path, problems: RowProblems) -> Iterator[list[Example]]:
-    """The usable rows of a JSONL or Parquet file, in batches, in order.
+def read_batches(
+    path: Path, problems: RowProblems, part: Part | None = None
+) -> Iterator[list[Example]]:
+    """The usable rows of a JSONL or Parquet file, or of a part of it, in batches, in order.
 
     An absent or null condition means `direct`; blank lines are no rows. Rows with malformed JSON,
-    bytes that are not UTF-8, missing or wrong-typed fields, an unknown condition, an empty
-    response, or NUL characters are added to `problems`.
+    bytes that are not UTF-8, missing, doubled or wrong-typed fields, an unknown condition, an empty
+    response, or NUL characters are added to `problems`, and so are lines too long to be rows.
+    Places in a part are counted from its start.
 
     Raises:
         DataError: a Parquet file that is not whole or lacks a column; anything, if strict.
     """
     if path.suffix == ".parquet":
-        rows = _parquet_rows(path, problems)
+        rows = _parquet_rows(path, problems, part)
     else:
-        rows = _jsonl_rows(path, problems)
+        rows = _jsonl_rows(path, problems, part)
     batch: list[Example] = []
     for place, row in rows:
         checked = check_row(row)
@@ -168,60 +187,79 @@ def _is_unicode(text: str) -> bool:
     return True
 
 
-def _jsonl_rows(path: Path, problems: RowProblems) -> Iterator[tuple[str, Any]]:
-    try:
-        stream = path.open("rb")
-    except OSError as error:
-        raise DataError(f"could not read {path}: {error.strerror or error}") from error
-    with stream:
-        for number, line in enumerate(stream, start=1):
-            place = f"{path}:{number}"
-            if number == 1:
-                line = line.removeprefix(b"\xef\xbb\xbf")
-            try:
-                text = line.decode("utf-8")
-            except UnicodeDecodeError:
-                problems.add("not UTF-8", place)
-                continue
-            if not text or text.isspace():
-                continue
-            try:
-                row = json.loads(text)
-            except (json.JSONDecodeError, RecursionError):
-                problems.add("malformed JSON", place)
-                continue
-            yield place, row
+class _DoubledKey(ValueError):
+    pass
 
 
-def _parquet_rows(path: Path, problems: RowProblems) -> Iterator[tuple[str, Any]]:
-    if importlib.util.find_spec("pyarrow") is None:
-        raise BackendError(
-            f"{path}: reading Parquet needs pyarrow; install it: pip install 'hrm-text[data]'"
-        )
-    import pyarrow
-    from pyarrow import parquet
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    value = dict(pairs)
+    if len(value) != len(pairs):
+        raise _DoubledKey
+    return value
 
-    try:
-        with parquet.ParquetFile(path) as file:
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
+
+
+def _jsonl_rows(path: Path, problems: RowProblems, part: Part | None) -> Iterator[tuple[str, Any]]:
+    for number, line in enumerate(read_lines(path, part), start=1):
+        place = f"{path}:{number}"
+        problems.num_read = number
+        if line is None:
+            problems.add("line too long", place)
+            continue
+        if number == 1 and not (part and part.start):
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        try:
+            text = line.decode("utf-8")
+        except UnicodeDecodeError:
+            problems.add("not UTF-8", place)
+            continue
+        if not text or text.isspace():
+            continue
+        try:
+            row = _DECODER.decode(text)
+        except _DoubledKey:
+            problems.add("a key stands twice", place)
+            continue
+        except (json.JSONDecodeError, RecursionError):
+            problems.add("malformed JSON", place)
+            continue
+        yield place, row
+
+
+def _parquet_rows(
+    path: Path, problems: RowProblems, part: Part | None
+) -> Iterator[tuple[str, Any]]:
+    with open_parquet(path) as file:
+        import pyarrow
+
+        try:
             columns = _parquet_columns(path, file.schema_arrow)
+            groups = None if part is None else list(range(*part))
             number = 0
-            for batch in file.iter_batches(batch_size=ROWS_PER_BATCH, columns=columns):
+            for batch in file.iter_batches(
+                batch_size=ROWS_PER_BATCH, columns=columns, row_groups=groups
+            ):
                 values = [_column_values(batch.column(name)) for name in columns]
                 for row in zip(*values, strict=True):
                     number += 1
+                    problems.num_read = number
                     place = f"{path}:{number}"
                     if any(value is UnicodeDecodeError for value in row):
                         problems.add("not UTF-8", place)
                     else:
                         yield place, dict(zip(columns, row, strict=True))
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"{path} is not a whole Parquet file: {error}") from error
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"{path} is not a whole Parquet file: {error}") from error
 
 
 def _parquet_columns(path: Path, schema: Any) -> list[str]:
     import pyarrow
 
     for name in ("instruction", "response", "condition"):
+        if schema.names.count(name) > 1:
+            raise DataError(f"{path} has {schema.names.count(name)} columns {name!r}, expected one")
         if name not in schema.names:
             if name == "condition":
                 return ["instruction", "response"]
