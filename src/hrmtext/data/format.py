@@ -7,6 +7,7 @@ files (completion marker, report, stratum ids), which other readers ignore and o
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -362,8 +363,10 @@ class ArrayWriter:
             if kind is None:
                 self._stream.seek(0)
                 self._write_header()
+                self._stream.flush()
         finally:
-            self._stream.close()
+            with contextlib.suppress(OSError):  # of a full disk the first error is enough
+                self._stream.close()
 
     def write(self, values: Array) -> None:
         """Append values; they must be of the file's type already, or fit it."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
@@ -61,10 +62,11 @@ class Gathered:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        self._tokens.__exit__(*exception)
         for path, stream in zip(self._paths, (self._rows, self._hashes), strict=True):
-            stream.close()
+            with contextlib.suppress(OSError):  # nothing of it is needed any more
+                stream.close()
             path.unlink(missing_ok=True)
+        self._tokens.__exit__(*exception)
 
     @property
     def digest(self) -> str:

@@ -268,15 +268,18 @@ class _StratumWriter:
 
     def __init__(self, folder: Path) -> None:
         self.dropped: dict[str, Any] = {}
-        self._tokens = ArrayWriter(folder / TOKENS_FILE, np.uint32)
-        self._columns = [ArrayWriter(folder / f"{name}.npy", np.uint64) for name in INDEX_NAMES]
+        self._files = contextlib.ExitStack()
+        self._tokens = self._files.enter_context(ArrayWriter(folder / TOKENS_FILE, np.uint32))
+        self._columns = [
+            self._files.enter_context(ArrayWriter(folder / f"{name}.npy", np.uint64))
+            for name in INDEX_NAMES
+        ]
 
     def __enter__(self) -> _StratumWriter:
         return self
 
     def __exit__(self, *exception: Any) -> None:
-        for writer in (self._tokens, *self._columns):
-            writer.__exit__(*exception)
+        self._files.__exit__(*exception)
 
     @property
     def num_rows(self) -> int:
