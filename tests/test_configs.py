@@ -3,20 +3,27 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from hrmtext.cli.main import main
 from hrmtext.config.ablate import AblationConfig
 from hrmtext.config.base import build, load, read_yaml, to_mapping
 from hrmtext.config.data import DataConfig
-from hrmtext.config.model import PRESETS, ModelConfig, preset
+from hrmtext.config.model import ARCHITECTURES, PRESETS, ModelConfig, preset
 from hrmtext.config.train import TrainConfig
 from hrmtext.errors import ConfigError
 from hrmtext.model import empty_model
 from hrmtext.model.flops import count_parameters
+from hrmtext.train.estimate import Fleet, estimate
+from hrmtext.train.start import load_config
 
 CONFIGS = Path(__file__).parent.parent / "configs"
-KINDS = {
-    "ablate": AblationConfig, "data": DataConfig, "model": ModelConfig, "train": TrainConfig,
-}  # fmt: skip
+KINDS = {"data": DataConfig, "model": ModelConfig, "train": TrainConfig}
+
+
+def kind_of(path: Path) -> type:
+    parts = path.relative_to(CONFIGS).parts
+    return AblationConfig if parts[:2] == ("train", "ablate") else KINDS[parts[0]]
 
 
 def recipes() -> list[Path]:
@@ -25,12 +32,12 @@ def recipes() -> list[Path]:
 
 @pytest.mark.parametrize("path", recipes(), ids=lambda p: p.relative_to(CONFIGS).as_posix())
 def test_a_recipe_parses_and_comes_back_equal(path):
-    kind = KINDS[path.relative_to(CONFIGS).parts[0]]
+    kind = kind_of(path)
     config = load(kind, path)
     assert build(kind, to_mapping(config), where="again") == config
 
 
-@pytest.mark.parametrize("path", sorted((CONFIGS / "train").rglob("*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((CONFIGS / "train").glob("*.yaml")), ids=lambda p: p.stem)
 def test_a_training_recipe_builds_its_model_on_meta(path):
     config = load(TrainConfig, path).model.resolve()
     model = empty_model(config, device="meta")
@@ -39,12 +46,72 @@ def test_a_training_recipe_builds_its_model_on_meta(path):
 
 @pytest.mark.parametrize("path", recipes(), ids=lambda p: p.relative_to(CONFIGS).as_posix())
 def test_a_recipe_with_a_misspelt_key_is_refused_with_its_nearest_match(path):
-    kind = KINDS[path.relative_to(CONFIGS).parts[0]]
+    kind = kind_of(path)
     values = read_yaml(path)
     key = next(iter(values))
     values[key + "x"] = values.pop(key)
     with pytest.raises(ConfigError, match=f"perhaps you meant '{key}'"):
         build(kind, values, where=path.name)
+
+
+GPUS = {"1gpu": 1, "l_8xh100": 8, "xl_16xh100": 16}
+
+
+@pytest.mark.parametrize("path", sorted((CONFIGS / "train").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_training_recipe_dry_runs_with_cost_memory_and_time(path):
+    fleet = Fleet(count=GPUS.get(path.stem, 1))
+    found = estimate(
+        load(TrainConfig, path), device=torch.device("cpu"), fleet=fleet, epoch_tokens=15e9
+    )
+    assert found.stored_parameters > 0 and found.total_flops > 0 and found.seconds > 0
+    text = found.text()
+    assert "assumed: 38% of the device's bf16 peak, not measured" in text and "time:" in text
+    if path.stem in GPUS:
+        assert found.memory.total < 80e9, "a recipe must fit the GPU that it is for"
+        assert found.total_tokens == pytest.approx(60e9, rel=0.01)
+    if fleet.count > 1:
+        assert found.sharded_memory.total < found.memory.total
+        assert f"devices:       {fleet.count} x H100" in text and "if sharded" in text
+
+
+@pytest.mark.parametrize("name", [*ARCHITECTURES])
+def test_every_architecture_builds_and_dry_runs(name):
+    steps = 1 if name == "transformer" else 2
+    changes = [f"model.architecture={name}", f"bp_first={steps}", f"bp_last={steps}"]
+    config = load(TrainConfig, CONFIGS / "train" / "cpu_smoke.yaml", changes)
+    model = empty_model(config.model.resolve(), device="meta")
+    found = estimate(config, device=torch.device("cpu"))
+    assert found.stored_parameters == sum(p.numel() for p in model.parameters())
+
+
+def test_gpus_that_nothing_is_known_of_are_refused():
+    with pytest.raises(ConfigError, match="gpus is 0"):
+        Fleet(count=0)
+    with pytest.raises(ConfigError, match="nothing is known about the GPU 'H10'; perhaps"):
+        Fleet(count=1, gpu="H10")
+
+
+@pytest.mark.parametrize(
+    ("file", "words"),
+    [("train/ablate/paper.yaml", "hrm-text ablate"), ("data/quickstart.yaml", "data prepare")],
+)
+def test_a_file_for_another_verb_says_which(file, words):
+    with pytest.raises(ConfigError, match=words):
+        load_config(CONFIGS / file)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ([], "needs --data FOLDER and --run FOLDER"),
+        (["--data", "D"], "needs --run FOLDER"),
+        (["--gpus", "4"], "--gpus belongs to --dry-run"),
+        (["--dry-run", "--gpus", "4", "--measure"], "leave out --measure"),
+    ],
+)
+def test_wrong_options_of_train_say_what_to_do(arguments, words, capsys):
+    assert main(["train", str(CONFIGS / "train" / "cpu_smoke.yaml"), *arguments]) == 2
+    assert words in capsys.readouterr().err
 
 
 def test_published_sizes_have_their_published_parameters():
@@ -66,6 +133,11 @@ def test_an_unknown_preset_names_the_nearest():
         ("seed=abc", "seed: Input should be a valid integer"),
         ("lr=-1", "lr is -1.0, expected above 0"),
         ("model.head_dim=7", "even number"),
+        ("model=XL", "perhaps model.preset=XL"),
+        ("model=3", "model"),
+        ("betas=[0.9", r"'\[0.9' is no value"),
+        ("bin_tokens=300", "expected a multiple of bin_tokens=300"),
+        ("elastic.H_cycle=[1]", "unknown key 'elastic.H_cycle'; perhaps you meant 'H_cycles'"),
     ],
 )
 def test_a_wrong_override_says_what_is_wrong(override, message):

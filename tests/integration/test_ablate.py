@@ -74,6 +74,7 @@ def test_every_variant_is_trained_and_asked_once_a_seed_at_equal_operations(work
 def test_the_table_is_the_mean_and_interval_of_the_runs(workspace):
     found = json.loads((workspace / "out" / "table.json").read_text())
     assert [row["variant"] for row in found["rows"]] == ["hrm", "causal", "ut"]
+    assert [row["mask"] for row in found["rows"]] == ["prefix", "causal", "prefix"]
     for row in found["rows"]:
         scores = [
             json.loads(
@@ -86,7 +87,58 @@ def test_the_table_is_the_mean_and_interval_of_the_runs(workspace):
         assert row["half_width"] == pytest.approx(12.706 * spread)
         assert 0 < row["validation_loss"] < 10
     text = (workspace / "out" / "table.md").read_text()
-    assert text.startswith("# Mask and loops") and "| hrm | " in text and "2 seeds" in text
+    assert text.startswith("# Mask and loops") and "2 seeds" in text
+    assert "| architecture | mask | loss on | parameters | steps |" in text
+    assert "| hrm | causal | all | " in text and "| ut | prefix | response | " in text
+
+
+def test_differences_are_of_pairs_of_seeds(workspace):
+    def runs(scores):
+        found = []
+        for run in ablate.plan(settings(seeds=[0, 1, 2]), workspace / "pairs"):
+            run.folder.mkdir(parents=True, exist_ok=True)
+            score = scores[run.variant][run.seed]
+            report = {
+                "mean": {"exact_match": score, "majority": 0.1},
+                "families": [{"name": "sums", "exact_match": score}],
+            }
+            (run.folder / "evaluation.json").write_text(json.dumps(report))
+            line = {"kind": "validation", "step": 6, "ema": {"loss": 2.0 - score}}
+            (run.folder / "metrics.jsonl").write_text(json.dumps(line) + "\n")
+            found.append(run)
+        return found
+
+    # The seeds differ far more than the variants do: only the pairs tell them apart.
+    scores = {"hrm": [0.1, 0.5, 0.9], "causal": [0.2, 0.6, 1.0], "ut": [0.1, 0.5, 0.6]}
+    rows = {row.variant: row for row in ablate.tabulate(runs(scores))}
+    assert rows["hrm"].difference == 0 and rows["hrm"].difference_half_width is None
+    assert rows["causal"].difference == pytest.approx(0.1)
+    assert rows["causal"].difference_half_width == pytest.approx(0, abs=1e-12)
+    assert rows["causal"].half_width == pytest.approx(4.303 * 0.4 / math.sqrt(3))
+    assert rows["ut"].difference == pytest.approx(-0.1)
+    # Differences 0, 0 and -0.3: standard deviation 0.3 / sqrt(3).
+    assert rows["ut"].difference_half_width == pytest.approx(4.303 * 0.1)
+    ablate.write(settings(), list(rows.values()), workspace / "pairs")
+    text = (workspace / "pairs" / "table.md").read_text()
+    assert "| 60.0 ± 99.4 | +10.0 ± 0.0 |" in text
+
+
+def test_two_workers_give_the_results_of_one(workspace):
+    two = {**COMPARISON, "seeds": [0], "variants": COMPARISON["variants"][::2]}
+    two["train"] = {**COMPARISON["train"], "max_steps": 3}
+    files = {}
+    for workers in (1, 2):
+        out = workspace / f"workers{workers}"
+        told = []
+        ablate.ablate(
+            settings(**two), workspace / "data", out, device="cpu", workers=workers, threads=1,
+            progress="none", tell=told.append,
+        )  # fmt: skip
+        assert sum("exact match" in line for line in told) == 2
+        files[workers] = (out / "table.json").read_bytes()
+        weights = out / "runs" / "ut-seed0" / "checkpoints"
+        files[workers] += next(weights.glob("step_*/model.safetensors")).read_bytes()
+    assert files[1] == files[2]
 
 
 def test_the_same_command_goes_on_and_repeats_nothing(workspace, capsys):
@@ -97,7 +149,8 @@ def test_the_same_command_goes_on_and_repeats_nothing(workspace, capsys):
         settings(), workspace / "data", workspace / "out", device="cpu", progress="none",
         tell=told.append,
     )  # fmt: skip
-    assert sum("done already" in line for line in told) == 5
+    assert "5 of 6 runs are done already" in told
+    assert sum(line.startswith("training") for line in told) == 1
     assert (workspace / "out" / "table.json").read_text() == before
 
 
@@ -110,7 +163,7 @@ def test_runs_of_another_comparison_are_refused(workspace):
 def test_a_dry_run_shows_the_cost(workspace, capsys):
     assert main(["ablate", str(workspace / "comparison.yaml"), "--dry-run"]) == 0
     printed = capsys.readouterr().out
-    assert printed.count("FLOPs") == 6 and "ut, seed 1" in printed
+    assert printed.count("FLOPs") == 7 and "ut, seed 1" in printed and "6 runs" in printed
 
 
 def test_intervals_are_students():

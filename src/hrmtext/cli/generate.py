@@ -22,6 +22,7 @@ def generate(
     top_p: float | None = None,
     num_samples: int = 1,
     guidance: float = 0.0,
+    H_cycles: int | None = None,
     seed: int = 0,
     compile: bool = False,
     weights: Literal["auto", "ema", "raw"] = "auto",
@@ -42,6 +43,8 @@ def generate(
         top_p: draw from the fewest tokens that hold this probability.
         num_samples: answers to each prompt, at a temperature above 0.
         guidance: auto-guidance weight, from -0.5 to 0.5; 0 is off.
+        H_cycles: slow cycles to run, at most the model's own (None); fewer are for models that were
+            trained for them.
         seed: seed of the draws.
         compile: compile the decode step; pays for many long answers of a small model.
         weights: averaged weights where present (auto), ema, or raw.
@@ -73,7 +76,9 @@ def generate(
     if engine == "auto":
         engine = "llama.cpp" if model.suffix == ".gguf" else "native"
     if engine == "llama.cpp":
-        _refuse_native_options(device=device, dtype=dtype, weights=weights, compile=compile)
+        _refuse_native_options(
+            device=device, dtype=dtype, weights=weights, compile=compile, H_cycles=H_cycles
+        )
         from hrmtext.generate.llama_cpp import LlamaCppModel
 
         with LlamaCppModel(model) as llama:
@@ -82,13 +87,18 @@ def generate(
         from hrmtext.api import load
 
         text_model = load(model, device=device, dtype=dtype, weights=weights)
-        answers = text_model.generate(texts, condition=condition, compile=compile, **sampling)
+        depth = None if H_cycles is None else (H_cycles, text_model.config.L_cycles)
+        answers = text_model.generate(
+            texts, condition=condition, compile=compile, depth=depth, **sampling
+        )
     for answer in answers:
         print(answer)
     return 0
 
 
-def _refuse_native_options(*, device: str, dtype: str, weights: str, compile: bool) -> None:
+def _refuse_native_options(
+    *, device: str, dtype: str, weights: str, compile: bool, H_cycles: int | None
+) -> None:
     """ConfigError for what a GGUF file has settled, or llama.cpp has not."""
     from hrmtext.errors import ConfigError
 
@@ -97,6 +107,7 @@ def _refuse_native_options(*, device: str, dtype: str, weights: str, compile: bo
         "--dtype": dtype != "auto",
         "--weights": weights != "auto",
         "--compile": compile,
+        "--H-cycles": H_cycles is not None,
     }
     wrong = [name for name, is_given in given.items() if is_given]
     if wrong:

@@ -83,7 +83,11 @@ def read_values(path: str | Path | None, overrides: Sequence[str] = ()) -> dict[
             if not isinstance(child, dict):
                 raise ConfigError(f"override {override!r}: {parent!r} is a value, not a section")
             node = child
-        node[leaf] = yaml.safe_load(text)
+        try:
+            node[leaf] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            problem = getattr(error, "problem", None) or error
+            raise ConfigError(f"override {override!r}: {text!r} is no value: {problem}") from None
     return values
 
 
@@ -110,7 +114,7 @@ def dump_yaml(config: Any) -> str:
 
 def nearest(word: str, options: Sequence[str]) -> str:
     """`; perhaps you meant 'x'` where an option is close to `word`, else the list of options."""
-    close = difflib.get_close_matches(word, options, n=1, cutoff=0.5)
+    close = difflib.get_close_matches(word, options, n=1, cutoff=0.6)
     if close:
         return f"; perhaps you meant {close[0]!r}"
     return f"; known: {', '.join(sorted(options))}"

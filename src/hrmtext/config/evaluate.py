@@ -19,7 +19,8 @@ class EvaluateConfig:
     guidance: float = 0.0
     """Auto-guidance weight, see `GenerateConfig`."""
     H_cycles: int | None = None
-    """Slow cycles to run; None: the model's. Fewer than in training ruin a model."""
+    """Slow cycles to run; None: the model's. Fewer ruin a model that was not
+    trained for them (`TrainConfig.elastic`)."""
     L_cycles: int | None = None
     """Fast cycles to run; None: the model's."""
     batch_tokens: int | None = None

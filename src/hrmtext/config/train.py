@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any, Literal
 
 import pydantic
+import pydantic_core
 
 from hrmtext.config.base import build, config_class, nearest, to_mapping
 from hrmtext.config.model import ARCHITECTURES, PRESETS, ModelConfig
@@ -35,6 +36,12 @@ class ModelChoice(ModelConfig):
     @pydantic.model_validator(mode="before")
     @classmethod
     def _fill_from_names(cls, values: Any) -> Any:
+        if isinstance(values, str):
+            raise ConfigError(
+                f"model is {values!r}, expected a section; perhaps model.preset={values}"
+            )
+        if not isinstance(values, Mapping | pydantic_core.ArgsKwargs):
+            return values  # pydantic says what it expected
         given = values if isinstance(values, Mapping) else values.kwargs or {}
         filled: dict[str, Any] = {}
         name = given.get("preset")
@@ -55,6 +62,45 @@ class ModelChoice(ModelConfig):
         values = to_mapping(self)
         del values["preset"], values["architecture"]
         return build(ModelConfig, values, where="model")
+
+
+@config_class
+class ElasticConfig:
+    """Depth-elastic training, so that the model can answer at fewer H cycles than it has."""
+
+    H_cycles: tuple[int, ...] = ()
+    """Cycles that a step may run, one of them drawn a step, the model's own among them:
+    `[1, 2]`. Empty: every step runs the model's."""
+    probabilities: tuple[float, ...] | None = None
+    """Share of the steps of each entry of H_cycles; null: equal shares."""
+    early_loss_weight: float = 0.0
+    """Weight of the loss of the state after every earlier cycle, added to the last one's; 0: none.
+    """
+
+    def __post_init__(self) -> None:
+        cycles, given = self.H_cycles, self.probabilities
+        fits = all(c >= 1 for c in cycles) and len(set(cycles)) == len(cycles)
+        _check("elastic.H_cycles", list(cycles), fits, "different numbers of at least 1")
+        if given is not None:
+            fits = len(given) == len(cycles) and all(p > 0 for p in given)
+            fits = fits and abs(sum(given) - 1) < 1e-6
+            expected = f"{len(cycles)} shares above 0 (one an entry of H_cycles) that sum to 1"
+            _check("elastic.probabilities", list(given), fits, expected)
+        weight = self.early_loss_weight
+        _check("elastic.early_loss_weight", weight, 0 <= weight < float("inf"), "at least 0")
+
+    def check_model(self, H_cycles: int) -> None:
+        """ConfigError where a model of `H_cycles` cannot be trained so."""
+        if self.H_cycles and max(self.H_cycles) != H_cycles:
+            raise ConfigError(
+                f"elastic.H_cycles is {list(self.H_cycles)}, expected {H_cycles}, the model's own, "
+                "as its largest entry: a model must be trained at the depth that it has"
+            )
+        if self.early_loss_weight and H_cycles < 2:
+            raise ConfigError(
+                f"elastic.early_loss_weight is {self.early_loss_weight}, but a model of one H "
+                "cycle has no earlier state; set it to 0, or raise model.H_cycles"
+            )
 
 
 @config_class
@@ -110,6 +156,9 @@ class TrainConfig:
     """Share of all steps over which the backward depth grows from `bp_first` to `bp_last`."""
     L_bp_cycles: tuple[int, ...] | None = None
     """A fixed backward depth instead, in transformers' terms: L calls with gradient by H cycle."""
+
+    elastic: ElasticConfig = dataclasses.field(default_factory=ElasticConfig)
+    """Random H cycles a step, and a loss on early cycles; off as it stands."""
 
     objective: Literal["response", "all"] = "response"
     """Tokens that bear loss: the response's, or the prompt's too, which needs a causal model
@@ -182,6 +231,7 @@ class TrainConfig:
                 "objective: all needs model.prefix_lm: false: prompt tokens that see one another "
                 "would be read off, not predicted"
             )
+        self.elastic.check_model(self.model.H_cycles)
         self._check_depth()
         self._check_bins()
 
@@ -214,7 +264,9 @@ class TrainConfig:
 
 def run_differences(saved: Mapping[str, Any], config: TrainConfig) -> list[str]:
     """What differs between a saved config and `config` in ways that change a run, a line each."""
-    theirs, ours = _run_keys(saved), _run_keys(to_mapping(config))
+    # A key that is younger than the checkpoint stands at its default there.
+    complete = {**to_mapping(TrainConfig()), **saved}
+    theirs, ours = _run_keys(complete), _run_keys(to_mapping(config))
     return [
         f"{key}: {theirs.get(key, 'absent')} in the checkpoint, {ours.get(key, 'absent')} now"
         for key in sorted({*theirs, *ours})

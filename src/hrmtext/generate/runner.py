@@ -329,8 +329,9 @@ class TextModel:
         if isinstance(depth, tuple):
             H_cycles, L_cycles = depth
             own = (self.config.H_cycles, self.config.L_cycles)
-            if not (1 <= H_cycles <= own[0] and 1 <= L_cycles <= own[1]):
-                raise ConfigError(f"depth is {depth}, expected from (1, 1) to {own}")
+            least = (1, min(1, own[1]))  # a plain transformer has no L calls
+            if not (1 <= H_cycles <= own[0] and least[1] <= L_cycles <= own[1]):
+                raise ConfigError(f"depth is {depth}, expected from {least} to {own}")
             depth = Depth(H_cycles, L_cycles, (False,) * (H_cycles * (L_cycles + 1)))
         H_cycles = depth.H_cycles if depth else self.config.H_cycles
         if guidance and H_cycles < 2:

@@ -29,20 +29,28 @@ class Depth:
         return cls(config.H_cycles, config.L_cycles, (True,) * calls)
 
     @classmethod
-    def from_bp_steps(cls, config: ModelConfig, bp_steps: int) -> Depth:
+    def from_bp_steps(
+        cls, config: ModelConfig, bp_steps: int, H_cycles: int | None = None
+    ) -> Depth:
         """The last min(H_cycles, bp_steps - 1) H calls and the last remaining L calls.
 
         L calls are counted over all cycles. Source: the paper's warmup deep credit assignment.
 
+        Args:
+            H_cycles: cycles to run; None: the model's. The calls are counted back from the last
+                one that runs.
+
         Raises:
             ConfigError: bp_steps below 2 or above the number of stack calls.
         """
-        H_cycles, L_cycles = config.H_cycles, config.L_cycles
-        fewest = min(2, config.num_stack_calls)
-        if not fewest <= bp_steps <= config.num_stack_calls:
+        H_cycles = config.H_cycles if H_cycles is None else H_cycles
+        L_cycles = config.L_cycles
+        calls = H_cycles * (L_cycles + 1)
+        fewest = min(2, calls)
+        if not fewest <= bp_steps <= calls:
             raise ConfigError(
-                f"bp_steps is {bp_steps}, expected {fewest} to {config.num_stack_calls}, the "
-                f"number of stack calls at H_cycles={H_cycles}, L_cycles={L_cycles}"
+                f"bp_steps is {bp_steps}, expected {fewest} to {calls}, the number of stack calls "
+                f"at H_cycles={H_cycles}, L_cycles={L_cycles}"
             )
         # Without L calls (a plain transformer) every step is an H call.
         H_steps = min(H_cycles, bp_steps - 1 if L_cycles else bp_steps)
@@ -54,26 +62,44 @@ class Depth:
         return cls(H_cycles, L_cycles, tuple(flags))
 
     @classmethod
-    def from_L_bp_cycles(cls, config: ModelConfig, L_bp_cycles: Sequence[int]) -> Depth:
+    def from_L_bp_cycles(
+        cls, config: ModelConfig, L_bp_cycles: Sequence[int], H_cycles: int | None = None
+    ) -> Depth:
         """transformers' rule: in cycle h the last L_bp_cycles[h] L calls, and every H call.
 
-        A list shorter than H_cycles is padded with 1 on the left.
+        A list shorter than the model's H_cycles is padded with 1 on the left.
+
+        Args:
+            H_cycles: cycles to run; None: the model's. At fewer, the last entries count.
 
         Raises:
             ConfigError: more entries than H cycles, or an entry outside 0..L_cycles.
         """
-        H_cycles, L_cycles = config.H_cycles, config.L_cycles
-        padded = [1] * (H_cycles - len(L_bp_cycles)) + list(L_bp_cycles)
-        if len(padded) > H_cycles or not all(0 <= entry <= L_cycles for entry in padded):
+        L_cycles = config.L_cycles
+        padded = [1] * (config.H_cycles - len(L_bp_cycles)) + list(L_bp_cycles)
+        if len(padded) > config.H_cycles or not all(0 <= entry <= L_cycles for entry in padded):
             raise ConfigError(
-                f"L_bp_cycles is {list(L_bp_cycles)}, expected at most {H_cycles} entries (one "
-                f"for each H cycle) from 0 to {L_cycles}"
+                f"L_bp_cycles is {list(L_bp_cycles)}, expected at most {config.H_cycles} entries "
+                f"(one for each H cycle) from 0 to {L_cycles}"
             )
+        H_cycles = config.H_cycles if H_cycles is None else H_cycles
         flags = []
-        for entry in padded:
+        for entry in padded[config.H_cycles - H_cycles :]:
             flags += [call >= L_cycles - entry for call in range(L_cycles)]
             flags.append(True)
         return cls(H_cycles, L_cycles, tuple(flags))
+
+    def joined(self, shallower: Depth) -> Depth:
+        """This depth, with gradient also through the calls that carry it in `shallower`.
+
+        One forward pass then serves a loss behind the last cycle and one behind an earlier cycle:
+        a call carries the gradient of every loss behind it, or of none.
+        """
+        assert shallower.L_cycles == self.L_cycles, "both run the same L cycles"
+        assert shallower.H_cycles <= self.H_cycles, "only an earlier cycle can be joined"
+        mine, theirs = self.carries_gradient, shallower.carries_gradient
+        early = (a or b for a, b in zip(mine, theirs, strict=False))
+        return dataclasses.replace(self, carries_gradient=(*early, *mine[len(theirs) :]))
 
     @property
     def num_gradient_calls(self) -> int:

@@ -61,15 +61,22 @@ def forward_flops(
 
 
 def training_flops(
-    config: ModelConfig, depth: Depth, *, context_tokens: float = 0.0, head_share: float = 1.0
+    config: ModelConfig,
+    depth: Depth,
+    *,
+    context_tokens: float = 0.0,
+    head_share: float = 1.0,
+    losses: int = 1,
 ) -> float:
-    """Operations a token of a training step, forward and backward at `depth`."""
+    """Operations a token of a training step, forward and backward at `depth`.
+
+    `losses`: states that go through the head, the last one's and those of earlier cycles.
+    """
     counts = count_parameters(config)
-    gradient_calls = depth.num_gradient_calls
-    backward = 4.0 * gradient_calls * counts.stack + 4.0 * counts.head * head_share
-    scores = attention_flops(config, context_tokens) * gradient_calls / config.num_stack_calls
-    forward = forward_flops(config, context_tokens=context_tokens, head_share=head_share)
-    return forward + backward + 2.0 * scores
+    # Of one stack call, forward; a call that carries gradient costs twice as much again.
+    call = 2.0 * counts.stack + attention_flops(config, context_tokens) / config.num_stack_calls
+    stacks = call * (len(depth.carries_gradient) + 2 * depth.num_gradient_calls)
+    return stacks + 6.0 * counts.head * head_share * losses
 
 
 def kv_bytes_per_token(config: ModelConfig, bytes_per_value: int) -> int:

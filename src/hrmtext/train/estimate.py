@@ -9,21 +9,23 @@ import numpy as np
 import torch
 
 from hrmtext.batch import PackedBatch, RowLayout
-from hrmtext.config.base import dump_yaml
+from hrmtext.config.base import dump_yaml, nearest
 from hrmtext.config.model import ModelConfig
 from hrmtext.config.train import TrainConfig
 from hrmtext.data.loader import GlobalBatch
+from hrmtext.errors import ConfigError
 from hrmtext.model import build_model
 from hrmtext.model.depth import Depth
 from hrmtext.model.flops import count_parameters, training_flops
 from hrmtext.runtime.device import pick_training_dtype
 from hrmtext.runtime.rng import numpy_generator
-from hrmtext.train.metrics import peak_flops
+from hrmtext.train.elastic import cycle_choices, num_losses
+from hrmtext.train.metrics import PEAK_BF16_FLOPS, named_peak_flops, peak_flops
 from hrmtext.train.optim import AdamAtan2
 from hrmtext.train.precision import ComputeModel
 from hrmtext.train.progress import format_time
 from hrmtext.train.recompute import Recomputed
-from hrmtext.train.schedule import depth_at
+from hrmtext.train.schedule import depth_with
 from hrmtext.train.source import DataSource
 from hrmtext.train.step import TrainStep
 
@@ -37,8 +39,31 @@ PROBE_STEPS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Fleet:
+    """GPUs that are not at hand: what a run on them would take."""
+
+    count: int
+    gpu: str = "H100"
+    """Part of its name, as in `metrics.PEAK_BF16_FLOPS`."""
+
+    def __post_init__(self) -> None:
+        if self.count < 1:
+            raise ConfigError(f"gpus is {self.count}, expected at least 1")
+        if named_peak_flops(self.gpu) is None:
+            known = nearest(self.gpu, [*PEAK_BF16_FLOPS])
+            raise ConfigError(f"nothing is known about the GPU {self.gpu!r}{known}")
+
+    @property
+    def peak(self) -> float:
+        """Dense bf16 operations a second of one."""
+        peak = named_peak_flops(self.gpu)
+        assert peak is not None, "checked when it was made"
+        return peak
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes on one device, every rank holding the whole model."""
+    """Bytes on one device; weights, optimizer, ema and gradients are a share where sharded."""
 
     weights: int
     """fp32 master weights."""
@@ -48,7 +73,8 @@ class Memory:
     gradients: int
     """fp32 gradients."""
     compute_copy: int
-    """bf16 weights and their gradients; 0 in fp32."""
+    """bf16 weights and their gradients, 0 in fp32; sharded: the gathered weights and the whole
+    gradient of a step, in any format."""
     activations: int
     """Saved for the backward pass of one bin at the deepest setting; an estimate."""
     logits: int
@@ -58,6 +84,14 @@ class Memory:
     def total(self) -> int:
         """Sum of all parts."""
         return sum(dataclasses.astuple(self))
+
+    def parts(self) -> str:
+        """The parts that are not zero, for people."""
+        return ", ".join(
+            f"{field.name.replace('_', ' ')} {format_bytes(getattr(self, field.name))}"
+            for field in dataclasses.fields(self)
+            if getattr(self, field.name)
+        )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -77,6 +111,11 @@ class Estimate:
     total_flops: float | None
     """Over the depth schedule."""
     memory: Memory
+    """Every device holding the whole model."""
+    sharded_memory: Memory | None
+    """With weights, gradients and optimizer spread over all devices; None with one device."""
+    num_devices: int
+    device_name: str
     tokens_per_s: float | None
     seconds: float | None
     """Expected training time, validation and checkpoints left out."""
@@ -90,22 +129,24 @@ class Estimate:
 
     def _facts(self) -> list[str]:
         memory = self.memory
+        total = "" if self.total_tokens is None else f", {self.total_tokens:,.0f} in all"
         facts = [
             ("parameters", f"{self.stored_parameters:,} stored, {self.unfolded_parameters:,} "
                            f"unfolded over {self.model.num_stack_calls} stack calls"),
             ("precision", f"{self.precision} forward and backward, fp32 master weights"),
             ("steps", "depends on the data" if self.total_steps is None
-                      else f"{self.total_steps:,} of {self.config.batch_tokens:,} tokens"),
+                      else f"{self.total_steps:,} of {self.config.batch_tokens:,} tokens{total}"),
             ("FLOPs a token", f"{self.flops_per_token / 1e9:.4g} G at full backward depth"),
         ]  # fmt: skip
         if self.total_flops is not None:
             facts.append(("FLOPs in all", f"{self.total_flops:.3g}"))
-        parts = ", ".join(
-            f"{field.name.replace('_', ' ')} {format_bytes(getattr(memory, field.name))}"
-            for field in dataclasses.fields(memory)
-            if getattr(memory, field.name)
-        )
-        facts.append(("memory", f"about {format_bytes(memory.total)} a device: {parts}"))
+        if self.num_devices > 1:
+            facts.append(("devices", f"{self.num_devices} x {self.device_name}"))
+        facts.append(("memory", f"about {format_bytes(memory.total)} a device: {memory.parts()}"))
+        sharded = self.sharded_memory
+        if sharded is not None:
+            text = f"about {format_bytes(sharded.total)} a device: {sharded.parts()}"
+            facts.append(("  if sharded", text))
         if self.tokens_per_s is not None:
             facts.append(("speed", f"{self.tokens_per_s:,.0f} tokens/s ({self.basis})"))
         if self.seconds is not None:
@@ -121,32 +162,51 @@ def estimate(
     source: DataSource | None = None,
     device: torch.device,
     num_devices: int = 1,
+    fleet: Fleet | None = None,
+    epoch_tokens: float | None = None,
     measure: bool = False,
 ) -> Estimate:
     """Count what can be counted, and measure or assume the speed.
 
     Args:
-        source: gives the number of steps; without it only `max_steps` does.
+        source: gives the number of steps; without it `max_steps` does, or `epoch_tokens`.
         device: where the run will be.
         num_devices: data-parallel devices.
+        fleet: GPUs where the run will be instead, by their data sheet.
+        epoch_tokens: tokens of one epoch, where there is no data yet.
         measure: run a few real steps here; otherwise a GPU's data sheet is taken, at the share
             of its peak that the published runs reached, and a CPU's time stays unknown.
     """
+    if fleet is not None and measure:
+        raise ConfigError(
+            "a measured speed is this machine's: leave out --measure, or --gpus; on the GPUs "
+            "themselves --measure alone will do"
+        )
     model = config.model.resolve()
-    dtype = pick_training_dtype(config.precision, device)
+    if fleet is None:
+        dtype, name = pick_training_dtype(config.precision, device), device.type
+        peak = peak_flops(device)
+    else:
+        dtype = torch.float32 if config.precision == "fp32" else torch.bfloat16
+        num_devices, name, peak = fleet.count, fleet.gpu, fleet.peak
     counts = count_parameters(model)
     total_steps = config.max_steps
     if total_steps is None and source is not None:
         total_steps = source.num_steps(config)
+    if total_steps is None and epoch_tokens is not None:
+        total_steps = max(1, round(config.epochs * epoch_tokens / config.batch_tokens))
     shape = {"context_tokens": TYPICAL_ROW_TOKENS / 2, "head_share": TYPICAL_HEAD_SHARE}
-    deepest = depth_at(total_steps or 1, config, model, total_steps or 1)
-    flops_per_token = training_flops(model, deepest, **shape)
+    deepest = depth_with(total_steps or 1, config, model, total_steps or 1, model.H_cycles)
+    flops_per_token = training_flops(model, deepest, losses=num_losses(config, deepest), **shape)
     total_tokens = total_flops = None
     if total_steps is not None:
         total_tokens = float(total_steps) * config.batch_tokens
         mean = _mean_flops(config, model, total_steps, shape)
         total_flops = mean * total_tokens
-    tokens_per_s, basis = _speed(config, model, device, num_devices, flops_per_token, measure)
+    if measure:
+        tokens_per_s, basis = _measured(config, model, device, num_devices)
+    else:
+        tokens_per_s, basis = _assumed(peak, num_devices, flops_per_token)
     seconds = None
     if total_flops is not None and tokens_per_s is not None:
         seconds = total_flops / (tokens_per_s * flops_per_token)
@@ -163,6 +223,13 @@ def estimate(
         flops_per_token=flops_per_token,
         total_flops=total_flops,
         memory=estimate_memory(config, model, dtype, deepest, num_devices),
+        sharded_memory=estimate_memory(
+            config, model, dtype, deepest, num_devices, shards=num_devices
+        )
+        if num_devices > 1
+        else None,
+        num_devices=num_devices,
+        device_name=name,
         tokens_per_s=tokens_per_s,
         seconds=seconds,
         basis=basis,
@@ -170,24 +237,38 @@ def estimate(
 
 
 def estimate_memory(
-    config: TrainConfig, model: ModelConfig, dtype: torch.dtype, depth: Depth, num_devices: int = 1
+    config: TrainConfig,
+    model: ModelConfig,
+    dtype: torch.dtype,
+    depth: Depth,
+    num_devices: int = 1,
+    *,
+    shards: int = 1,
 ) -> Memory:
-    """Bytes on one device; activations by `activation_bytes`."""
+    """Bytes on one device; activations by `activation_bytes`.
+
+    `shards`: devices that share one copy of weights, gradients and optimizer state. Weights are
+    gathered for the length of a step, as a recurrence calls every block many times.
+    """
     stored = count_parameters(model).stored
     is_copy = dtype != torch.float32
     bins = max(1, config.batch_tokens // config.bin_size)
     tokens = config.bin_size if bins >= num_devices else config.batch_tokens // num_devices
     chunk = min(config.loss_chunk_bytes, 4 * model.vocab_size * tokens)
+    copy = 2 * 2 * stored if is_copy else 0
+    if shards > 1:
+        copy = (2 if is_copy else 4) * stored + 4 * stored
+    head = 4 * model.vocab_size * model.hidden_size * num_losses(config, depth)
     return Memory(
-        weights=4 * stored,
-        optimizer=8 * stored,
-        ema=4 * stored,
-        gradients=4 * stored,
-        compute_copy=2 * 2 * stored if is_copy else 0,
+        weights=-(-4 * stored // shards),
+        optimizer=-(-8 * stored // shards),
+        ema=-(-4 * stored // shards),
+        gradients=-(-4 * stored // shards),
+        compute_copy=copy,
         activations=int(
             activation_bytes(model, depth, dtype, config.activation_checkpointing) * tokens
         ),
-        logits=int(chunk * (2.5 if is_copy else 2)) + 4 * model.vocab_size * model.hidden_size,
+        logits=int(chunk * (2.5 if is_copy else 2)) + head,
     )
 
 
@@ -221,29 +302,29 @@ def activation_bytes(
 def _mean_flops(
     config: TrainConfig, model: ModelConfig, total_steps: int, shape: dict[str, float]
 ) -> float:
-    """Operations a token, averaged over the depth schedule."""
+    """Operations a token, averaged over the depth schedule and the cycles that may be drawn."""
     sampled = np.unique(np.linspace(0, total_steps - 1, 1000).astype(int)).tolist()
-    flops = [
-        training_flops(model, depth_at(s, config, model, total_steps), **shape) for s in sampled
-    ]
-    return float(np.mean(flops))
+    mean = 0.0
+    for H_cycles, probability in cycle_choices(config, model):
+        depths = [depth_with(s, config, model, total_steps, H_cycles) for s in sampled]
+        flops = [training_flops(model, d, losses=num_losses(config, d), **shape) for d in depths]
+        mean += probability * float(np.mean(flops))
+    return mean
 
 
-def _speed(
-    config: TrainConfig,
-    model: ModelConfig,
-    device: torch.device,
-    num_devices: int,
-    flops_per_token: float,
-    measure: bool,
+def _measured(
+    config: TrainConfig, model: ModelConfig, device: torch.device, num_devices: int
+) -> tuple[float, str]:
+    speed = measure_speed(config, model, device)
+    note = f"measured here over {PROBE_STEPS} steps"
+    if num_devices > 1:
+        note += f", times {num_devices} devices"
+    return speed * num_devices, note
+
+
+def _assumed(
+    peak: float | None, num_devices: int, flops_per_token: float
 ) -> tuple[float | None, str]:
-    if measure:
-        speed = measure_speed(config, model, device)
-        note = f"measured here over {PROBE_STEPS} steps"
-        if num_devices > 1:
-            note += f", times {num_devices} devices"
-        return speed * num_devices, note
-    peak = peak_flops(device)
     if peak is None:
         return None, "unknown until measured (--measure runs a few steps)"
     speed = ASSUMED_SHARE * peak * num_devices / flops_per_token
@@ -263,7 +344,7 @@ def measure_speed(config: TrainConfig, model: ModelConfig, device: torch.device)
     )
     step = TrainStep(compute, optimizer, config, device)
     batch = random_batch(config, model)
-    depth = depth_at(1, config, model, 1)
+    depth = depth_with(1, config, model, 1, model.H_cycles)
     times = []
     for index in range(PROBE_STEPS + 1):
         start = time.perf_counter()

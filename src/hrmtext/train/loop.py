@@ -23,6 +23,7 @@ from hrmtext.runtime.device import pick_device, pick_training_dtype
 from hrmtext.runtime.log import logger
 from hrmtext.runtime.memory import release_free_memory
 from hrmtext.train.checkpoint import RunIdentity, load_checkpoint, save_checkpoint
+from hrmtext.train.elastic import num_losses
 from hrmtext.train.metrics import Interval, MetricsLog, Stopwatch, peak_flops
 from hrmtext.train.optim import AdamAtan2
 from hrmtext.train.parallel import any_rank, process_group, wait_for_all
@@ -318,6 +319,7 @@ class Session:
             depth,
             context_tokens=seen / max(1, own_tokens),
             head_share=batch.num_supervised_tokens / max(1, batch.num_tokens),
+            losses=num_losses(self.config, depth),
         )
         self.interval.add(
             result.sums,
@@ -347,6 +349,7 @@ class Session:
             **means,
             "lr": lr,
             "bp_steps": depth.num_gradient_calls,
+            "H_cycles": depth.H_cycles,
             "tokens": self.state.tokens,
             "supervised_tokens": self.state.supervised_tokens,
             "timing": timing,

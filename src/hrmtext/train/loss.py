@@ -234,20 +234,30 @@ def forward_loss(
     chunk_bytes: int,
     call_block: BlockCall | None = None,
     kernel: LossKernel = "auto",
+    early_weight: float = 0.0,
 ) -> TokenLoss:
     """The loss of one microbatch: only the supervised tokens reach the head.
 
-    `call_block`: see `train.recompute`.
+    Args:
+        call_block: see `train.recompute`.
+        early_weight: weight in `total` of the losses of earlier cycles; the other fields are the
+            last cycle's alone.
     """
     states = model.model(batch.tokens, batch.positions, batch.plan, depth, batch.select, call_block)
-    return cross_entropy(
-        states[-1],
-        model.lm_head.weight,
-        batch.labels,
-        scale=scale,
-        chunk_bytes=chunk_bytes,
-        kernel=kernel,
-    )
+    head = model.lm_head.weight
+
+    def loss_of(state: torch.Tensor, weight: float) -> TokenLoss:
+        return cross_entropy(
+            state, head, batch.labels, scale=weight * scale, chunk_bytes=chunk_bytes, kernel=kernel
+        )
+
+    loss = loss_of(states[-1], 1.0)
+    if not early_weight:
+        return loss
+    total = loss.total
+    for state in states[:-1]:  # (T, D) of all tokens
+        total = total + loss_of(state.index_select(0, batch.select), early_weight).total
+    return dataclasses.replace(loss, total=total)
 
 
 def exact_rows(correct: torch.Tensor, row_of: torch.Tensor, num_rows: int) -> torch.Tensor:

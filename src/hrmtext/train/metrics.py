@@ -30,7 +30,11 @@ def peak_flops(device: torch.device) -> float | None:
     """The device's dense bf16 peak; None where it is not known (every CPU)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
+    return named_peak_flops(torch.cuda.get_device_name(device))
+
+
+def named_peak_flops(name: str) -> float | None:
+    """Dense bf16 operations a second of a GPU of this name; None where it is not known."""
     return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
 
 

@@ -7,6 +7,7 @@ import math
 from hrmtext.config.model import ModelConfig
 from hrmtext.config.train import TrainConfig
 from hrmtext.model.depth import Depth, bp_steps_at
+from hrmtext.train.elastic import H_cycles_at, gradient_depth
 
 
 def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
@@ -24,9 +25,17 @@ def learning_rate(step: int, config: TrainConfig, total_steps: int) -> float:
 
 
 def depth_at(step: int, config: TrainConfig, model: ModelConfig, total_steps: int) -> Depth:
-    """Which stack calls carry gradient at a step: `L_bp_cycles`, or the depth warmup."""
-    if config.L_bp_cycles is not None:
-        return Depth.from_L_bp_cycles(model, config.L_bp_cycles)
+    """Cycles of a step and which of its stack calls carry gradient.
+
+    Cycles: the model's, or as `elastic` draws them. Gradient: `L_bp_cycles`, or the depth warmup.
+    """
+    return depth_with(step, config, model, total_steps, H_cycles_at(step, config, model))
+
+
+def depth_with(
+    step: int, config: TrainConfig, model: ModelConfig, total_steps: int, H_cycles: int
+) -> Depth:
+    """`depth_at` where the step runs `H_cycles`."""
     steps = bp_steps_at(
         step,
         total_steps,
@@ -34,4 +43,4 @@ def depth_at(step: int, config: TrainConfig, model: ModelConfig, total_steps: in
         last=config.bp_last,
         warmup_ratio=config.bp_warmup_ratio,
     )
-    return Depth.from_bp_steps(model, steps)
+    return gradient_depth(config, model, steps, H_cycles)

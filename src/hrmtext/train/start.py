@@ -25,6 +25,15 @@ _MAY_DIFFER = frozenset({"max_seq_len", "expansion", "intermediate_size", "embed
 """Fields that do not decide the shape, or do so through a derived value that is compared."""
 
 
+_OTHER_FILES = {
+    "variants": "a comparison; run it with `hrm-text ablate`",
+    "reasoning_gym": "a data recipe; run it with `hrm-text data prepare`",
+    "local": "a data recipe; run it with `hrm-text data prepare`",
+    "sampling": "a data recipe; run it with `hrm-text data prepare`",
+}
+"""Keys that no training recipe has, and what a file that has them is."""
+
+
 def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> TrainConfig:
     """A training config; with `init_from`, the model's shape is that of the model named there.
 
@@ -34,6 +43,9 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
         ConfigError: as `hrmtext.config.base.load`. CheckpointError: no model at `init_from`.
     """
     values = read_values(path, overrides)
+    for key, meant in _OTHER_FILES.items():
+        if key in values:
+            raise ConfigError(f"{path or 'overrides'} has a key {key!r}: it is {meant}")
     given = values.get("model") or {}
     if values.get("init_from") is not None and isinstance(given, dict) and "preset" not in given:
         stored = open_stored(local_path(str(values["init_from"])))

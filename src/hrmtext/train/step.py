@@ -81,6 +81,7 @@ class TrainStep:
                 chunk_bytes=self.config.loss_chunk_bytes,
                 call_block=self.call_block,
                 kernel=self.config.loss,
+                early_weight=self.config.elastic.early_loss_weight,
             )
             loss.total.backward()
             self.compute.collect_gradients()
