@@ -219,6 +219,21 @@ class StratumRule:
 
 
 @config_class
+class DecontaminationConfig:
+    """Training rows that hold a piece of a benchmark's questions are left out, and counted."""
+
+    files: tuple[str, ...]
+    """Benchmark files: JSONL with `question`."""
+    ngram_tokens: int = 13
+    """A row goes if its prompt or response shares that many tokens in a row with a question."""
+
+    def __post_init__(self) -> None:
+        _at_least("decontaminate.ngram_tokens", self.ngram_tokens, 5)
+        if not self.files:
+            raise ConfigError("decontaminate.files is empty; name at least one benchmark file")
+
+
+@config_class
 class SamplingConfig:
     """Which rows make up an epoch, and how long they may be."""
 
@@ -236,6 +251,8 @@ class SamplingConfig:
     """Shortest response in tokens, its end token included, counted after truncation."""
     seed: int = 0
     """Seed of the order of rows."""
+    decontaminate: DecontaminationConfig | None = None
+    """Benchmarks whose questions no row may hold; None: rows are not searched."""
 
     def __post_init__(self) -> None:
         _at_least("sampling.epochs", self.epochs, 1)

@@ -116,7 +116,10 @@ def prepare(config: DataConfig, out: str | Path, progress: Progress | None = Non
     if not tokenized.num_redone and not tokenized.num_removed:
         skipped.append("tokenized")
 
-    inputs = fingerprint(FORMAT_VERSION, to_mapping(config.sampling), _strata_state(done.tokenized))
+    inputs = fingerprint(
+        FORMAT_VERSION, to_mapping(config.sampling), _strata_state(done.tokenized),
+        *_benchmark_files(config),
+    )  # fmt: skip
     if _is_current(done.sampled, inputs):
         skipped.append("sampled")
     else:
@@ -302,6 +305,15 @@ def _tokenizer_files(config: DataConfig) -> list[Path]:
     path = Path(config.tokenizer.path)
     file = path / "tokenizer.json" if path.is_dir() else path
     return [file] if file.is_file() else []
+
+
+def _benchmark_files(config: DataConfig) -> list[Path]:
+    asked = config.sampling.decontaminate
+    files = [] if asked is None else [Path(file) for file in asked.files]
+    for file in files:
+        if not file.is_file():
+            raise DataError(f"no such benchmark file: {file} (sampling.decontaminate.files)")
+    return files
 
 
 def _strata_state(folder: Path) -> list[Any]:

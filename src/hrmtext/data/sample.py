@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 
 from hrmtext.config.base import to_mapping
 from hrmtext.config.data import LongRows, SamplingConfig, StratumRule
+from hrmtext.data.contamination import ContaminationFilter, benchmark_ngrams
 from hrmtext.data.format import (
     INDEX_NAMES,
     METADATA_FILE,
@@ -31,7 +32,7 @@ from hrmtext.data.mixture import Walk
 from hrmtext.data.shuffle import Shuffle
 from hrmtext.data.sources.local import stratum_label
 from hrmtext.data.table import table_lines
-from hrmtext.data.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE
+from hrmtext.data.tokenizer import TOKENIZER_CONFIG_FILE, TOKENIZER_FILE, PromptTokenizer
 from hrmtext.data.workers import Progress
 from hrmtext.errors import DataError
 from hrmtext.runtime.io import atomic_folder, exclusive, fingerprint, write_json
@@ -158,6 +159,10 @@ def sample(
     folders = stratum_folders(tokenized)
     sources = group_strata([folder.name for folder in folders], config)
     rules = {number: source.rule for source in sources for number in source.strata}
+    benchmarks = None
+    if (asked := config.decontaminate) is not None:
+        encoder = PromptTokenizer.load(tokenized)
+        benchmarks = benchmark_ngrams(asked.files, asked.ngram_tokens, encoder)
     with (
         exclusive(out),
         atomic_folder(
@@ -169,6 +174,8 @@ def sample(
             for number, folder in enumerate(folders):
                 check = LengthCheck(config, rules[number].long_rows or config.long_rows)
                 stratum = read_stratum(folder)
+                if benchmarks is not None:
+                    check.also = ContaminationFilter(benchmarks, stratum.tokens, check.dropped)
                 gathered.add(stratum, check, by_content=rules[number].by_tokens)
                 lengths.append(check)
                 if progress is not None:
@@ -203,9 +210,14 @@ class LengthCheck:
         """Rows seen; rows left with a cut response."""
         self.dropped: dict[str, int] = {}
         """Rows not left, by reason."""
+        self.also: Callable[[RowIndex], RowIndex] | None = None
+        """A further filter, which sees rows before they are cut and counts for itself."""
 
     def __call__(self, index: RowIndex) -> RowIndex:
         """The rows that fit."""
+        self.num_rows += index.num_rows
+        if self.also is not None:
+            index = self.also(index)
         room = self.limit - index.inst_len
         response = np.minimum(index.resp_len, np.maximum(room, 0))
         # Lengths are checked after the cut: a cut response can be too short as well.
@@ -220,7 +232,6 @@ class LengthCheck:
             if count:
                 self.dropped[reason] = self.dropped.get(reason, 0) + count
             keep &= ~mask
-        self.num_rows += index.num_rows
         self.num_truncated += int((keep & (response < index.resp_len)).sum())
         return dataclasses.replace(index, resp_len=response).take(keep)
 
