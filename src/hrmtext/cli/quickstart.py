@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -150,12 +149,10 @@ def _answers(console: Console, model: TextModel, report: EvaluationReport) -> No
 
 
 def _peak_memory() -> str:
-    """Peak memory of this process, where the system tells."""
-    try:
-        import resource
-    except ImportError:
-        return ""
+    """Peak main memory of this process, where the system tells."""
+    import torch
 
-    unit = 1 if sys.platform == "darwin" else 1024
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-    return f", peak memory {peak / 2**30:.2f} GiB"
+    from hrmtext.runtime.memory import peak_memory_bytes
+
+    peak = peak_memory_bytes(torch.device("cpu"))
+    return "" if peak is None else f", peak memory {peak / 2**30:.2f} GiB"

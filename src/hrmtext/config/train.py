@@ -12,15 +12,18 @@ import pydantic_core
 
 from hrmtext.config.base import build, config_class, nearest, to_mapping
 from hrmtext.config.model import ARCHITECTURES, PRESETS, ModelConfig
+from hrmtext.config.stability import StabilityLimits
 from hrmtext.errors import ConfigError
 
 HARMLESS_KEYS = frozenset({
     "max_minutes", "attention", "compile", "loss", "loss_chunk_bytes", "optimizer_kernel",
     "activation_checkpointing",
     "checkpoint_every", "checkpoint_minutes", "keep_last", "keep_every", "keep_best",
-    "validate_every", "validation_rows", "log_every", "tensorboard", "rank_timeout_s",
+    "validate_every", "validation_rows", "log_every", "tensorboard", "trackers", "rank_timeout_s",
+    "stability", "stability_limits", "telemetry_every",
 })  # fmt: skip
-"""Keys that may change between a checkpoint and its resumption: none alters what is computed."""
+"""Keys that may change between a checkpoint and its resumption: none alters what is computed, but
+for the stability guard, which a run in trouble must be able to turn on or adjust."""
 
 
 @config_class
@@ -179,6 +182,12 @@ class TrainConfig:
     """Blocks that keep only their input and run again in the backward pass: of the L stack, or of
     both. Less memory, the same gradients; each such call costs a second forward pass."""
 
+    stability: Literal["off", "log", "guard"] = "guard"
+    """Watch every step's gradients, updates and loss: `guard` damps, leaves out or slows down those
+    far outside what the run is used to, `log` only says so. A healthy run is not touched."""
+    stability_limits: StabilityLimits = dataclasses.field(default_factory=StabilityLimits)
+    """What counts as far outside."""
+
     checkpoint_every: int = 1_000
     """Steps between checkpoints; one is also written at the end and at Ctrl-C or SIGTERM."""
     checkpoint_minutes: float | None = None
@@ -196,8 +205,12 @@ class TrainConfig:
     """Held-out rows of a validation, the same each time; 0: no validation."""
     log_every: int = 10
     """Steps between lines of metrics.jsonl."""
+    telemetry_every: int = 200
+    """Steps between looks inside the recurrence (`train/telemetry.py`); 0: none."""
     tensorboard: bool = True
     """Write TensorBoard event files beside metrics.jsonl."""
+    trackers: tuple[Literal["wandb", "trackio"], ...] = ()
+    """Where the same numbers go as well; needs the extra `track`."""
     rank_timeout_s: float = 1_800.0
     """With several ranks or under torchrun: a step, validation or checkpoint that takes longer
     ends its rank with a trace, and ranks wait no longer for each other. Compilation counts."""
@@ -209,7 +222,10 @@ class TrainConfig:
         )  # fmt: skip
         for name in at_least_one:
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "keep_every", "validate_every", "validation_rows"):
+        not_negative = (
+            "warmup_steps", "keep_every", "validate_every", "validation_rows", "telemetry_every",
+        )  # fmt: skip
+        for name in not_negative:
             _check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
         for name in ("max_steps", "max_minutes", "checkpoint_minutes", "bin_tokens"):
             value = getattr(self, name)

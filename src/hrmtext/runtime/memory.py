@@ -1,10 +1,31 @@
-"""Giving freed memory back to the operating system."""
+"""What memory a process has taken, and giving freed memory back to the operating system."""
 
 from __future__ import annotations
 
 import ctypes
+import sys
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+
+def peak_memory_bytes(device: torch.device) -> int | None:
+    """Most memory that this process has held: on a CUDA device by torch, else in main memory.
+
+    None where the system does not tell.
+    """
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def release_free_memory() -> bool:

@@ -90,6 +90,7 @@ def load_checkpoint(path: Path, state: TrainState, identity: RunIdentity) -> Non
     )
     for name in ("step", "tokens", "supervised_tokens", "elapsed_s", "cursor", "interval"):
         setattr(state, name, record[name])
+    state.stability = record.get("stability", {})  # absent in checkpoints of before the guard
 
 
 def read_training_record(path: Path) -> dict[str, Any]:
@@ -121,6 +122,7 @@ def _training_record(state: TrainState, identity: RunIdentity) -> dict[str, Any]
         "elapsed_s": state.elapsed_s,
         "cursor": state.cursor,
         "interval": state.interval,
+        "stability": state.stability,
         "precision": identity.precision,
         "data_fingerprint": identity.data_fingerprint,
         "torch": torch.__version__,

@@ -24,7 +24,7 @@ from hrmtext.runtime.log import logger
 from hrmtext.runtime.memory import release_free_memory
 from hrmtext.train.checkpoint import RunIdentity, load_checkpoint, save_checkpoint
 from hrmtext.train.elastic import num_losses
-from hrmtext.train.metrics import Interval, MetricsLog, Stopwatch, peak_flops
+from hrmtext.train.metrics import Interval, MetricsLog, Stopwatch, device_use
 from hrmtext.train.optim import AdamAtan2
 from hrmtext.train.parallel import any_rank, process_group, wait_for_all
 from hrmtext.train.precision import ComputeModel
@@ -193,6 +193,7 @@ class Session:
             self.compute.refresh()
             self.loader.restore(self.state.cursor)
             self.interval.restore(self.state.interval)
+            self.step.watch.restore(self.state.stability)
             logger.info("resuming at step %d from %s", self.state.step, checkpoint)
         kept = self.config.ema_decay**self.total_steps
         if kept > MAX_INITIAL_SHARE and self.config.init_from is None:
@@ -223,14 +224,11 @@ class Session:
 
     def run(self, progress: str) -> TrainResult:
         """Step until the end, the time budget or a signal."""
-        began = time.perf_counter() - self.state.elapsed_s
-        self.began = began
+        self.began = time.perf_counter() - self.state.elapsed_s
         log = None
         shown = TrainingProgress(progress if self.is_writer else "none", self.total_steps)
         if self.is_writer:
-            log = MetricsLog(
-                self.folder, resumed_step=self.state.step, tensorboard=self.config.tensorboard
-            )
+            log = MetricsLog.of(self.folder, self.config, resumed_step=self.state.step)
         try:
             stopped_by = self._steps(log, shown)
         except TrainingInterrupted:
@@ -305,6 +303,10 @@ class Session:
         state.tokens += batch.num_tokens
         state.supervised_tokens += batch.num_supervised_tokens
         self._count(batch, depth, result)
+        for found in result.records:
+            if log is not None:
+                log.write(found)
+            shown.note(found)
         if state.step % self.config.log_every == 0 or state.step == self.total_steps:
             record = self._record(batch, depth, lr)
             if log is not None:
@@ -339,9 +341,7 @@ class Session:
             "flops_per_s": flops_per_s,
             "elapsed_s": time.perf_counter() - self.began,
         }
-        peak = peak_flops(self.device)
-        if peak is not None:
-            timing["share_of_peak"] = flops_per_s / (peak * dist.world_size())
+        timing |= device_use(self.device, flops_per_s / dist.world_size())
         return {
             "kind": "train",
             "step": self.state.step,
@@ -408,6 +408,7 @@ class Session:
         self.state.elapsed_s = time.perf_counter() - self.began
         self.state.cursor = self.loader.state()
         self.state.interval = self.interval.state()
+        self.state.stability = self.step.watch.state()
         if self.is_writer:
             if log is not None:
                 log.sync()

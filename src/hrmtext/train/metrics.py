@@ -1,19 +1,23 @@
-"""The log of a run: metrics.jsonl and TensorBoard, exact over interruptions but for `timing`."""
+"""The log of a run: metrics.jsonl and trackers, exact over interruptions but for `timing`."""
 
 from __future__ import annotations
 
 import json
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hrmtext.artifacts.layout import RunFolder
+from hrmtext.config.train import TrainConfig
 from hrmtext.runtime import dist
 from hrmtext.runtime.io import explain_storage_errors, write_text
+from hrmtext.runtime.memory import peak_memory_bytes
 from hrmtext.train.loss import NUM_SUMS
+from hrmtext.train.trackers import Tracker, open_trackers, scalars
 
 PEAK_BF16_FLOPS = {
     "H200": 989e12,
@@ -36,6 +40,21 @@ def peak_flops(device: torch.device) -> float | None:
 def named_peak_flops(name: str) -> float | None:
     """Dense bf16 operations a second of a GPU of this name; None where it is not known."""
     return next((peak for part, peak in PEAK_BF16_FLOPS.items() if part in name), None)
+
+
+def device_use(device: torch.device, flops_per_s: float) -> dict[str, float]:
+    """Peak memory of this process, and the share of the peak rate where that is known.
+
+    Args:
+        flops_per_s: of one device.
+    """
+    found: dict[str, float] = {}
+    memory, peak = peak_memory_bytes(device), peak_flops(device)
+    if memory is not None:
+        found["peak_memory_bytes"] = memory
+    if peak is not None:
+        found["share_of_peak"] = flops_per_s / peak
+    return found
 
 
 class Interval:
@@ -107,42 +126,46 @@ class Stopwatch:
 
 
 class MetricsLog:
-    """Lines of metrics.jsonl, and the same numbers in TensorBoard. One writer: rank 0."""
+    """Lines of metrics.jsonl, and the same numbers to the trackers. One writer: rank 0."""
 
-    def __init__(self, run: RunFolder, *, resumed_step: int, tensorboard: bool) -> None:
+    def __init__(
+        self, run: RunFolder, *, resumed_step: int, trackers: Sequence[Tracker] = ()
+    ) -> None:
         """Open the log to go on after `resumed_step`; what is later than that step is cut off."""
         self._path = run.metrics_file
+        self._trackers = trackers
         truncate(self._path, resumed_step)
         with explain_storage_errors(self._path):
             self._stream = self._path.open("a", encoding="utf-8")
-        self._board = None
-        if tensorboard:
-            from torch.utils.tensorboard.writer import SummaryWriter
 
-            purge = resumed_step + 1 if resumed_step else None
-            self._board = SummaryWriter(str(run.tensorboard_folder), purge_step=purge)
+    @classmethod
+    def of(cls, run: RunFolder, config: TrainConfig, *, resumed_step: int) -> MetricsLog:
+        """The log with the trackers that the config names."""
+        trackers = open_trackers(run, config, resumed_step=resumed_step)
+        return cls(run, resumed_step=resumed_step, trackers=trackers)
 
     def write(self, record: dict[str, Any]) -> None:
         """Append a record; its `step` is the number of optimizer steps done."""
         with explain_storage_errors(self._path):
             self._stream.write(json.dumps(record) + "\n")
             self._stream.flush()
-        if self._board is not None:
-            for name, value in _scalars(record, record["kind"]):
-                self._board.add_scalar(name, value, record["step"])
+        if self._trackers:
+            values = scalars(record)
+            for tracker in self._trackers:
+                tracker.log(values, record["step"])
 
     def sync(self) -> None:
         """Force what was written to the disk, before a checkpoint counts on it."""
         with explain_storage_errors(self._path):
             os.fsync(self._stream.fileno())
-        if self._board is not None:
-            self._board.flush()
+        for tracker in self._trackers:
+            tracker.flush()
 
     def close(self) -> None:
         """Close the files."""
         self._stream.close()
-        if self._board is not None:
-            self._board.close()
+        for tracker in self._trackers:
+            tracker.close()
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -164,18 +187,3 @@ def truncate(path: Path, step: int) -> None:
         return
     kept = [record for record in read_metrics(path) if record["step"] <= step]
     write_text(path, "".join(json.dumps(record) + "\n" for record in kept))
-
-
-def _scalars(record: dict[str, Any], prefix: str) -> list[tuple[str, float]]:
-    found = []
-    for key, value in record.items():
-        if key in ("kind", "step"):
-            continue
-        name = f"{prefix}/{key}"
-        if isinstance(value, dict):
-            found += _scalars(value, name)
-        elif isinstance(value, list):
-            found += [(f"{name}_{index + 1}", float(item)) for index, item in enumerate(value)]
-        elif isinstance(value, int | float):
-            found.append((name, float(value)))
-    return found

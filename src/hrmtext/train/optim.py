@@ -150,6 +150,17 @@ class AdamAtan2(torch.optim.Optimizer):
         for group in self.param_groups:
             group["lr"] = lr
 
+    @torch.no_grad()
+    def direction(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """The last update of this rank's part at lr 1, without weight decay; None before any."""
+        state = self.state[parameter]
+        if not state["step"]:
+            return None
+        beta1, beta2 = self.param_groups[0]["betas"]
+        scale = local(state["exp_avg_sq"]).sqrt().div_(math.sqrt(1.0 - beta2 ** state["step"]))
+        angle = torch.atan2(local(state["exp_avg"]), scale, out=scale)
+        return angle.div_(1.0 - beta1 ** state["step"])
+
     def averages(self) -> list[torch.Tensor]:
         """The averages, in the order of the parameters; ConfigError where none are kept."""
         parameters = [p for group in self.param_groups for p in group["params"]]

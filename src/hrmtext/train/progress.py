@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from hrmtext.errors import ConfigError
+from hrmtext.train.stability import EASING, describe_action
 
 MODES = ("auto", "bar", "lines", "none")
 
@@ -49,6 +50,14 @@ class TrainingProgress:
             if now >= self._next_line or step >= self._total:
                 self._next_line = now + self._every
                 self.say(f"step {step}/{self._total}  {numbers}")
+
+    def note(self, record: dict[str, Any]) -> None:
+        """Say what the stability guard did, by its record of the log; other records say nothing.
+
+        A brake that only eases is left to the log: a line each step would hide the rest.
+        """
+        if record["kind"] == "stability" and record["reason"] != EASING:
+            self.say(describe_action(record))
 
     def say(self, message: str) -> None:
         """A line of its own."""

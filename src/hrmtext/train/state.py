@@ -33,6 +33,8 @@ class TrainState:
     """The loader's state: where the next step reads."""
     interval: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Sums since the last line of the log, so that a resumed log goes on exactly."""
+    stability: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """The stability guard's running statistics and counts."""
 
     def names(self) -> dict[str, torch.nn.Parameter]:
         """Parameters by name, in the order of the optimizer."""

@@ -1,9 +1,12 @@
-"""One optimizer step: microbatches, gradient sum over ranks, the non-finite guard, the update."""
+"""One optimizer step: microbatches, gradient sum over ranks, the guards, the update."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+from collections.abc import Iterator
+from typing import Any, NoReturn
 
 import torch
 
@@ -11,11 +14,16 @@ from hrmtext.config.train import TrainConfig
 from hrmtext.data.loader import GlobalBatch
 from hrmtext.errors import NonFiniteError
 from hrmtext.model.depth import Depth
+from hrmtext.model.layers import BlockCall
 from hrmtext.train.loss import NUM_SUMS, Microbatch, forward_loss, step_sums
+from hrmtext.train.modules import Modules
 from hrmtext.train.optim import AdamAtan2
 from hrmtext.train.parallel import sum_gradients
 from hrmtext.train.precision import ComputeModel
 from hrmtext.train.recompute import recomputing
+from hrmtext.train.stability import Observation
+from hrmtext.train.telemetry import CallProbe
+from hrmtext.train.watch import StepWatch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +33,11 @@ class StepResult:
     sums: torch.Tensor
     """(4) fp64 on the device, of this rank: as `loss.step_sums`."""
     gradient_norm: float
-    """L2 norm of the whole gradient."""
+    """L2 norm of the whole gradient, as it was before any damping."""
+    lr: float
+    """The learning rate that was used; 0 where the step was left out."""
+    records: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    """What the stability guard did and what telemetry saw, for the log."""
 
 
 class TrainStep:
@@ -40,23 +52,44 @@ class TrainStep:
         self.device = device
         self.call_block = recomputing(compute.module, config.activation_checkpointing)
         self._parameters = list(compute.master.parameters())
+        modules = Modules(dict(compute.master.named_parameters()))
+        self.watch = StepWatch(modules, optimizer, config)
+        self._probe: CallProbe | None = None
 
     def run(self, batch: GlobalBatch, *, depth: Depth, lr: float, step: int) -> StepResult:
-        """Accumulate this rank's bins, sum over ranks, check, update.
+        """Accumulate this rank's bins, sum over ranks, check, update or leave out.
 
         Args:
-            step: the step's number, from 0; only named in errors.
+            step: the step's number, from 0; decides whether telemetry is due.
 
         Raises:
-            NonFiniteError: the gradient holds NaN or infinity; no weight has been changed.
+            NonFiniteError: loss or gradient are NaN or infinite; no weight has been changed.
         """
+        every = self.config.telemetry_every
+        if every and (step + 1) % every == 0:
+            self._probe = CallProbe(self.compute.module, depth)
         sums = self.accumulate(batch, depth)
         sum_gradients(self._parameters)
-        gradient_norm = self.guard(batch, sums, step)
-        self.optimizer.set_lr(lr)
-        self.optimizer.step()
-        self.compute.refresh()
-        return StepResult(sums, gradient_norm)
+        seen = self.watch.observe(sums, batch.num_supervised_tokens)
+        norm = seen.gradient_norm
+        if not (math.isfinite(norm) and math.isfinite(seen.loss)):
+            self.refuse(batch, seen, step)
+        decision = self.watch.decide(seen, lr=lr, depth=depth)
+        used_lr = 0.0 if decision.skip else lr * decision.rate
+        if not decision.skip:
+            self.watch.damp(decision)
+            self.optimizer.set_lr(used_lr)
+            self.optimizer.step()
+            self.watch.visit()
+            self.compute.refresh()
+        records: list[dict[str, Any]] = [decision.record] if decision.record is not None else []
+        if self._probe is not None:
+            modules = self.watch.module_telemetry(seen, lr=used_lr)
+            records.append({"kind": "telemetry", **self._probe.measurements(), **modules})
+            self._probe = None
+        for record in records:
+            record["step"] = step + 1
+        return StepResult(sums, norm, used_lr, records)
 
     def accumulate(self, batch: GlobalBatch, depth: Depth) -> torch.Tensor:
         """Gradients of this rank's bins in the master weights' `grad`; returns the (4) sums."""
@@ -73,39 +106,43 @@ class TrainStep:
                 backend=self.config.attention,
                 head_dim=self.compute.module.config.head_dim,
             )
-            loss = forward_loss(
-                self.compute.module,
-                micro,
-                depth=depth,
-                scale=scale,
-                chunk_bytes=self.config.loss_chunk_bytes,
-                call_block=self.call_block,
-                kernel=self.config.loss,
-                early_weight=self.config.elastic.early_loss_weight,
-            )
+            with self._watched(micro) as call_block:
+                loss = forward_loss(
+                    self.compute.module,
+                    micro,
+                    depth=depth,
+                    scale=scale,
+                    chunk_bytes=self.config.loss_chunk_bytes,
+                    call_block=call_block,
+                    kernel=self.config.loss,
+                    early_weight=self.config.elastic.early_loss_weight,
+                )
             loss.total.backward()
             self.compute.collect_gradients()
             sums += step_sums(loss, micro)
         return sums
 
-    def guard(self, batch: GlobalBatch, sums: torch.Tensor, step: int) -> float:
-        """The gradient's norm, fetched once; NonFiniteError naming the parameters if not finite."""
-        gradients = [p.grad for p in self._parameters if p.grad is not None]
-        if not gradients:
-            return 0.0
-        norm = float(torch.stack(torch._foreach_norm(gradients)).norm())
-        if math.isfinite(norm):
-            return norm
+    @contextlib.contextmanager
+    def _watched(self, micro: Microbatch) -> Iterator[BlockCall | None]:
+        """What calls the blocks; the first bin of a step is watched where telemetry is due."""
+        probe = self._probe
+        if probe is None or probe.has_seen:
+            yield self.call_block
+        else:
+            with probe.forward(micro, self.call_block) as call_block:
+                yield call_block
+
+    def refuse(self, batch: GlobalBatch, seen: Observation, step: int) -> NoReturn:
+        """Raise NonFiniteError that names the parameters whose gradients are not finite."""
         bad = [
             name
             for name, parameter in self.compute.master.named_parameters()
             if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
         ]
         listed = ", ".join(bad[:4]) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "")
-        loss = float(sums[0]) / max(1, batch.num_supervised_tokens)
         raise NonFiniteError(
-            f"step {step}: the gradient is not finite (norm {norm}; first in {listed or 'the sum'};"
-            f" this rank's share of the loss {loss}), at batch {batch.index} of epoch "
+            f"step {step}: the gradient is not finite (norm {seen.gradient_norm}; first in "
+            f"{listed or 'the sum'}; loss {seen.loss}), at batch {batch.index} of epoch "
             f"{batch.epoch}. No weight was changed by this step: resume from the last checkpoint "
             "with a lower lr, or look at the rows of that batch"
         )
