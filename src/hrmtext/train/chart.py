@@ -26,11 +26,28 @@ class Series:
     """With a dot at each value."""
 
 
-def chart(title: str, unit: str, series: Sequence[Series], x_name: str = "step") -> str:
+@dataclasses.dataclass(frozen=True)
+class Mark:
+    """Something that happened at a place of the horizontal axis."""
+
+    x: float
+    text: str
+    """Shown on hover."""
+
+
+def chart(
+    title: str,
+    unit: str,
+    series: Sequence[Series],
+    x_name: str = "step",
+    marks: Sequence[Mark] = (),
+    marks_name: str = "",
+) -> str:
     """A figure with every series that has a finite value; an empty string where none has.
 
     Args:
         unit: of the vertical axis.
+        marks: vertical lines behind the curves, within their range; `marks_name` in the legend.
         x_name: what the horizontal axis counts.
     """
     lines = [(index, _finite(one)) for index, one in enumerate(series)]
@@ -43,12 +60,21 @@ def chart(title: str, unit: str, series: Sequence[Series], x_name: str = "step")
     x_range = (min(min(s.x) for _, s in lines), max(max(s.x) for _, s in lines))
     y_range = (min(low, y_ticks[0]), max(high, y_ticks[-1]))
     body = [_axes(x_ticks, y_ticks, x_range, y_range, unit, x_name)]
+    marks = [mark for mark in marks if x_range[0] <= mark.x <= x_range[1]]
+    for mark in marks:
+        x, _ = _place(mark.x, y_range[0], x_range, y_range)
+        body.append(
+            f'<line class=mark x1="{x}" x2="{x}" y1={TOP} y2={HEIGHT - BOTTOM}>'
+            f"<title>{html.escape(mark.text)}</title></line>"
+        )
     body += [_line(one, index % NUM_COLORS, x_range, y_range, x_name) for index, one in lines]
     legend = "".join(
         f'<span><i style="background:var(--c{index % NUM_COLORS});'
         f'opacity:{0.4 if one.faint else 1}"></i>{html.escape(one.name)}</span>'
         for index, one in lines
     )
+    if marks:
+        legend += f"<span><i class=marked></i>{html.escape(marks_name)}</span>"
     return (
         f"<figure><figcaption>{html.escape(title)}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'

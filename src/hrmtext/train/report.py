@@ -13,6 +13,12 @@ from hrmtext.runtime.io import write_text
 from hrmtext.train.chart import Series, chart, smooth
 from hrmtext.train.metrics import read_metrics
 from hrmtext.train.progress import format_time
+from hrmtext.train.report_watch import (
+    forgetting_section,
+    inside_section,
+    stability_marks,
+    stability_section,
+)
 
 STYLE = """
 :root { --back:#fff; --ink:#1c2024; --dim:#68707a; --line:#e3e6ea; --card:#f7f8fa;
@@ -31,6 +37,8 @@ h1 { font-size:24px; margin:0; } h2 { font-size:17px; margin:28px 0 8px; }
   grid-template-columns:repeat(auto-fill,minmax(min(100%,500px),1fr)); }
 figure { margin:0; padding:10px; } figcaption { font-weight:600; padding:0 4px; }
 svg { display:block; width:100%; height:auto; } svg text { fill:var(--dim); font-size:12px; }
+.mark { stroke:var(--c1); stroke-width:1.2; stroke-dasharray:2 3; }
+.key i.marked { height:0; border-top:2px dotted var(--c1); }
 .grid { stroke:var(--line); } .curve { fill:none; stroke-width:1.8; }
 .faint { opacity:.3; stroke-width:1.2; } .dot { stroke:none; }
 .key { margin:2px 4px; font-size:13px; color:var(--dim); } .key span { margin-right:14px; }
@@ -58,13 +66,18 @@ def write_report(run: RunFolder | str | Path) -> Path:
     records = read_metrics(run.metrics_file)
     training = [record for record in records if record["kind"] == "train"]
     validations = [record for record in records if record["kind"] == "validation"]
+    stability = [record for record in records if record["kind"] == "stability"]
+    telemetry = [record for record in records if record["kind"] == "telemetry"]
     versions = _json(run.versions_file)
     parts = [
         f"<h1>{html.escape(run.path.resolve().name)}</h1>",
         f"<p class=dim>{html.escape(_where(versions))}</p>",
         _facts(training, validations) + _checkpoints(run),
-        _charts(training, validations),
+        _charts(training, validations, stability),
+        stability_section(stability),
+        inside_section(telemetry),
         _strata(validations),
+        forgetting_section([record for record in records if record["kind"] == "forgetting"]),
         _evaluation(_json(run.evaluation_file)),
         f"<h2>Configuration</h2><pre>{html.escape(run.config_file.read_text('utf-8'))}</pre>",
         f"<h2>Versions</h2><pre>{html.escape(json.dumps(versions, indent=2))}</pre>",
@@ -134,7 +147,11 @@ def _checkpoints(run: RunFolder) -> str:
     return f"<h2>Checkpoints</h2>{_table(['checkpoint', 'validation loss, EMA'], rows)}"
 
 
-def _charts(training: list[dict[str, Any]], validations: list[dict[str, Any]]) -> str:
+def _charts(
+    training: list[dict[str, Any]],
+    validations: list[dict[str, Any]],
+    stability: list[dict[str, Any]],
+) -> str:
     steps = [record["step"] for record in training]
 
     def curve(key: str, factor: float = 1.0) -> list[float]:
@@ -149,6 +166,7 @@ def _charts(training: list[dict[str, Any]], validations: list[dict[str, Any]]) -
         return [record[weights][key] * factor for record in validations]
 
     losses = curve("loss")
+    measured = [record for record in training if "peak_memory_bytes" in record["timing"]]
     num_cycles = len(validations[-1]["ema"]["loss_by_cycle"]) if validations else 0
     cycles = [
         Series(f"cycle {c + 1}", at, [v["ema"]["loss_by_cycle"][c] for v in validations], dots=True)
@@ -160,7 +178,7 @@ def _charts(training: list[dict[str, Any]], validations: list[dict[str, Any]]) -
             Series("training, smoothed", steps, smooth(losses)),
             Series("validation, raw", at, scored("raw", "loss"), dots=True),
             Series("validation, EMA", at, scored("ema", "loss"), dots=True),
-        ]),
+        ], marks=stability_marks(stability), marks_name="stability guard"),
         chart("Token accuracy", "%", [
             Series("training", steps, smooth(curve("token_accuracy", 100))),
             Series("validation, raw", at, scored("raw", "token_accuracy", 100), dots=True),
@@ -176,7 +194,12 @@ def _charts(training: list[dict[str, Any]], validations: list[dict[str, Any]]) -
         chart("Backward depth", "stack calls", [Series("with gradient", steps, curve("bp_steps"))]),
         chart("Throughput", "tokens/s", [Series("tokens/s", steps, timing("tokens_per_s"))]),
         chart("Compute", "GFLOP/s", [Series("GFLOP/s", steps, timing("flops_per_s", 1e-9))]),
-        chart("Gradient norm", "", [Series("L2 norm", steps, curve("gradient_norm"))]),
+        chart("Gradient norm", "", [Series("L2 norm", steps, curve("gradient_norm"))],
+              marks=stability_marks(stability), marks_name="stability guard"),
+        chart("Peak memory", "GiB", [
+            Series("of this process", [record["step"] for record in measured],
+                   [record["timing"]["peak_memory_bytes"] / 2**30 for record in measured]),
+        ]),
     ]  # fmt: skip
     return f"<h2>Curves</h2><div class=charts>{''.join(plots)}</div>"
 

@@ -14,6 +14,7 @@ from hrmtext.artifacts import RunFolder
 from hrmtext.errors import CheckpointError, ConfigError
 from hrmtext.train import train_on, write_report
 from hrmtext.train.chart import Series, chart, number, smooth, ticks
+from hrmtext.train.heat import heat_map
 from hrmtext.train.metrics import Interval, MetricsLog, read_metrics, truncate
 from hrmtext.train.progress import TrainingProgress, format_time, summarise
 
@@ -83,11 +84,22 @@ def test_tensorboard_gets_the_numbers_of_the_log(run):
 def test_the_log_is_written_line_by_line(tmp_path):
     run = RunFolder(tmp_path / "run")
     run.start("a: 1\n", {})
-    log = MetricsLog(run, resumed_step=0, tensorboard=False)
+    log = MetricsLog(run, resumed_step=0)
     log.write(RECORD)
     assert read_metrics(run.metrics_file) == [RECORD]
     log.sync()
     log.close()
+
+
+WATCHED = [
+    {"kind": "stability", "step": 6, "action": "skip", "applied": True, "loss": 9.25,
+     "reason": "loss 9.250, 6.1 above its <median>", "gradient_norm": 3.0, "gradient_factor": 4.5,
+     "rate": 1.0, "damped": {}, "totals": {"skip": 1, "damp": 0, "brake": 0}},
+    *({"kind": "telemetry", "step": step, "lens_kl": {"1.L1": 2.0 / step, "1.H": 0.5},
+       "update_ratio": {"H.0.mlp": 1e-3}} for step in (4, 8)),
+    {"kind": "forgetting", "step": 10, "before": {"loss": 1.5, "exact_answer": 0.5},
+     "after": {"loss": 1.75, "exact_answer": 0.375}},
+]  # fmt: skip
 
 
 class Outline(html.parser.HTMLParser):
@@ -119,7 +131,7 @@ def test_the_report_is_one_file_with_curves_facts_and_nothing_to_fetch(run):
     assert page.open == []
     assert page.links == []
     assert "://" not in text
-    assert page.tags.count("svg") == 9
+    assert page.tags.count("svg") == 10
     for title in ("Loss", "Token accuracy", "Learning rate", "Backward depth", "Throughput"):
         assert f"<figcaption>{title}</figcaption>" in text
     assert "Validation loss after each H cycle" in text
@@ -138,6 +150,40 @@ def test_the_report_shows_an_evaluation_that_came_later(run):
     for part in ("<h2>Evaluation</h2>", "spell_&lt;word&gt;", "87.5 %", "81.0 to 92.0 %", "5.0 %"):
         assert part in text
     run.evaluation_file.unlink()
+
+
+def test_the_report_shows_what_the_guard_did_what_was_seen_inside_and_what_was_forgotten(run):
+    before = run.metrics_file.read_text()
+    assert "<h2>Stability</h2>" not in run.report_file.read_text()
+    run.metrics_file.write_text(before + "".join(json.dumps(one) + "\n" for one in WATCHED))
+    text = write_report(run.path).read_text()
+    page = Outline()
+    page.feed(text)
+    assert page.open == []
+    assert page.links == []
+    assert page.tags.count("svg") == 12
+    assert text.count("class=mark ") == 2  # on the loss and on the gradient norm
+    for part in (
+        "left out: 1, damped: 0",
+        "6.1 above its &lt;median&gt;",
+        "Inside the recurrence",
+        "1.L1: 0.5 at step 4",
+        "H.0.mlp: 0.001 at step 8",
+        "Forgetting",
+        "1.7500",
+        "37.5 %",
+    ):
+        assert part in text  # fmt: skip
+    assert text.index(">1.L1</text>") < text.index(">1.H</text>")
+    run.metrics_file.write_text(before)
+
+
+def test_heat_maps_keep_the_newest_step_and_take_any_value():
+    columns = [{"a": step} for step in range(1, 199)] + [{"a": 0.0, "b": math.nan}]
+    text = heat_map("t", "u", range(1, 200), columns, ["a", "b", "c"])
+    assert "a: 0 at step 199" in text
+    assert ">c</text>" not in text
+    assert heat_map("t", "", [], [], ["a"]) == ""
 
 
 def test_a_report_of_no_run_is_refused(tmp_path):
