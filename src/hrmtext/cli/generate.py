@@ -24,7 +24,7 @@ def generate(
     guidance: float = 0.0,
     H_cycles: int | None = None,
     seed: int = 0,
-    compile: bool = False,
+    step: Literal["auto", "eager", "compiled", "cpp"] = "auto",
     weights: Literal["auto", "ema", "raw"] = "auto",
     engine: Literal["auto", "native", "llama.cpp"] = "auto",
     device: str = "auto",
@@ -46,7 +46,8 @@ def generate(
         H_cycles: slow cycles to run, at most the model's own (None); fewer are for models that were
             trained for them.
         seed: seed of the draws.
-        compile: compile the decode step; pays for many long answers of a small model.
+        step: what takes a decode step: torch operations (eager, or compiled into a graph), or a C++
+            kernel for CPUs; auto: the kernel for small models on a CPU with a C++ compiler.
         weights: averaged weights where present (auto), ema, or raw.
         engine: llama.cpp runs GGUF files, under the prefix mask; native runs everything else.
         device: auto, cpu, cuda or cuda:N.
@@ -77,7 +78,7 @@ def generate(
         engine = "llama.cpp" if model.suffix == ".gguf" else "native"
     if engine == "llama.cpp":
         _refuse_native_options(
-            device=device, dtype=dtype, weights=weights, compile=compile, H_cycles=H_cycles
+            device=device, dtype=dtype, weights=weights, step=step, H_cycles=H_cycles
         )
         from hrmtext.generate.llama_cpp import LlamaCppModel
 
@@ -89,7 +90,7 @@ def generate(
         text_model = load(model, device=device, dtype=dtype, weights=weights)
         depth = None if H_cycles is None else (H_cycles, text_model.config.L_cycles)
         answers = text_model.generate(
-            texts, condition=condition, compile=compile, depth=depth, **sampling
+            texts, condition=condition, step=step, depth=depth, **sampling
         )
     for answer in answers:
         print(answer)
@@ -97,7 +98,7 @@ def generate(
 
 
 def _refuse_native_options(
-    *, device: str, dtype: str, weights: str, compile: bool, H_cycles: int | None
+    *, device: str, dtype: str, weights: str, step: str, H_cycles: int | None
 ) -> None:
     """ConfigError for what a GGUF file has settled, or llama.cpp has not."""
     from hrmtext.errors import ConfigError
@@ -106,7 +107,7 @@ def _refuse_native_options(
         "--device": device not in ("auto", "cpu"),
         "--dtype": dtype != "auto",
         "--weights": weights != "auto",
-        "--compile": compile,
+        "--step": step != "auto",
         "--H-cycles": H_cycles is not None,
     }
     wrong = [name for name, is_given in given.items() if is_given]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from hrmtext.config.base import config_class
 from hrmtext.errors import ConfigError
 
@@ -24,8 +26,10 @@ class GenerateConfig:
     """Answers for each prompt."""
     guidance: float = 0.0
     """Auto-guidance weight w: (1+w) * logits after the last H cycle - w * after the first."""
-    compile: bool = False
-    """Compile the decode step: seconds for each new batch shape, then faster small models."""
+    step: Literal["auto", "eager", "compiled", "cpp"] = "auto"
+    """What takes a decode step: torch operations one by one, or compiled into a graph (seconds for
+    each new batch shape), or the C++ kernel for CPUs; auto: the kernel for small models on a CPU
+    with a C++ compiler, else eager."""
     batch_tokens: int | None = None
     """Cache tokens of one batch, rows times their longest; None: from the memory at hand."""
 

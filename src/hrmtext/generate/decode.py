@@ -14,7 +14,7 @@ import torch
 from hrmtext.batch import RowLayout
 from hrmtext.errors import NonFiniteError
 from hrmtext.generate.sampling import Sampler
-from hrmtext.generate.step import DecodeStep, compiled_width, run_model
+from hrmtext.generate.step import StepFunction, compiled_width, run_model
 from hrmtext.generate.stop import answer_lengths
 from hrmtext.model import Depth, HrmLM, KVCache, make_plan
 
@@ -52,7 +52,7 @@ class DecodedRow:
 
 @torch.inference_mode()
 def decode_batch(
-    step_model: DecodeStep,
+    step_model: StepFunction,
     prompts: Sequence[Sequence[int]],
     owners: Sequence[int],
     limits: Sequence[int],

@@ -14,9 +14,10 @@ from hrmtext.config.generate import GenerateConfig
 from hrmtext.config.model import ModelConfig
 from hrmtext.data.tokenizer import PromptTokenizer
 from hrmtext.errors import BackendError, ConfigError, DataError
+from hrmtext.generate.choice import Steps
 from hrmtext.generate.decode import DecodeSettings, cache_dtype, decode_batch, prefill
 from hrmtext.generate.sampling import Sampler
-from hrmtext.generate.step import DecodeStep, run_model
+from hrmtext.generate.step import run_model
 from hrmtext.generate.stop import LENGTH, STOP, stop_ids, stop_table
 from hrmtext.model import Depth, HrmLM, KVCache, make_plan
 from hrmtext.model.flops import kv_bytes_per_token
@@ -64,7 +65,7 @@ class TextModel:
             )
         self.model = model.eval()
         self.tokenizer = tokenizer
-        self._steps: dict[bool, DecodeStep] = {}
+        self._steps = Steps(self.model)
 
     @property
     def config(self) -> ModelConfig:
@@ -96,7 +97,7 @@ class TextModel:
         guidance: float = 0.0,
         depth: Depth | tuple[int, int] | None = None,
         batch_tokens: int | None = None,
-        compile: bool = False,
+        step: str = "auto",
     ) -> list[str]:
         """Answers to one or many prompts, in their order.
 
@@ -107,7 +108,7 @@ class TextModel:
             num_samples: answers to each prompt; those of prompt i are [i * n : (i + 1) * n].
             stop_tokens: ids or texts of single tokens that end an answer; None: the end token.
             guidance: auto-guidance weight, see `GenerateConfig`.
-            compile: compile the decode step, see `GenerateConfig`.
+            step: what takes a decode step: auto, eager, compiled or cpp; see `GenerateConfig`.
             depth: (H_cycles, L_cycles) to run, at most the model's own; None: the model's.
 
         An answer depends on its own prompt, sample number and the options, not on its batch.
@@ -127,7 +128,7 @@ class TextModel:
                 "num_samples": num_samples,
                 "guidance": guidance,
                 "batch_tokens": batch_tokens,
-                "compile": compile,
+                "step": step,
             },
             where="generate",
         )
@@ -203,7 +204,7 @@ class TextModel:
             self.device,
         )
         decoded = decode_batch(
-            self._step(config.compile),
+            self._steps.get(config.step),
             [encoded[owner] for owner in unique],
             [place[owner] for owner in owners],
             [limits[owner] for owner in owners],
@@ -319,11 +320,6 @@ class TextModel:
             found.append(self.model(tokens, plan.positions, plan).logits)
             plan.commit()
         return torch.cat(found), first
-
-    def _step(self, compiled: bool) -> DecodeStep:
-        if compiled not in self._steps:
-            self._steps[compiled] = DecodeStep(self.model, compiled=compiled)
-        return self._steps[compiled]
 
     def _depth(self, depth: Depth | tuple[int, int] | None, guidance: float) -> Depth | None:
         if isinstance(depth, tuple):

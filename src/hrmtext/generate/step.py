@@ -5,6 +5,8 @@ Letters: B rows, V vocabulary.
 
 from __future__ import annotations
 
+from typing import Protocol
+
 import torch
 
 from hrmtext.model import Depth, HrmLM, KVCache
@@ -12,6 +14,20 @@ from hrmtext.model.attention import AttentionPlan
 from hrmtext.model.cache import DecodePlan
 
 SMALLEST_WIDTH = 64
+
+
+class StepFunction(Protocol):
+    """Takes one decode step."""
+
+    model: HrmLM
+    is_compiled: bool
+    """Rows and capacity stay as they are during a batch."""
+
+    def __call__(
+        self, tokens: torch.Tensor, cache: KVCache, depth: Depth | None, guidance: float
+    ) -> torch.Tensor:
+        """(B) tokens, appended to the cache -> (B, V) logits behind them."""
+        ...
 
 
 def run_model(

@@ -291,10 +291,10 @@ def test_a_compiled_step_gives_the_answers_of_the_eager_one():
         eager, compiled = (
             model.generate_tokens(
                 PROMPTS,
-                config=GenerateConfig(max_new_tokens=70, compile=compile, **options),
+                config=GenerateConfig(max_new_tokens=70, step=step, **options),
                 stop_tokens=stop,
             )
-            for compile in (False, True)
+            for step in ("eager", "compiled")
         )
         assert [a.tokens for a in compiled] == [a.tokens for a in eager]
         assert len({len(a.tokens) for a in eager}) > 1, "the rows were to end at different times"

@@ -1,0 +1,5 @@
+"""One decode step of an HRM in C++ for CPUs, built by the machine's own compiler when first used."""
+
+from hrmtext.generate.cpp.step import CppStep
+
+__all__ = ["CppStep"]

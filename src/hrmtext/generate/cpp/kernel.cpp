@@ -1,0 +1,498 @@
+// One decode step of an HRM on a CPU: a token a row through the whole recurrence, over a KV cache.
+//
+// Letters: B rows, D hidden size, N heads, K head width, A = N * K, M SwiGLU width, V vocabulary.
+//
+// Threads share every matrix product by its columns and every attention by (row, head), and meet at
+// a barrier after each. What they would have to wait for but is cheap (norms, conversions) each does
+// for itself. Weights come packed in blocks of LANES columns: (columns / LANES, inputs, LANES) in
+// fp32, or (columns / LANES, inputs / 2, LANES, 2) in bf16 where the processor multiplies those.
+
+#include <algorithm>
+#include <atomic>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <thread>
+#include <vector>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+constexpr int LANES = 16, TILE_ROWS = 12;
+#else
+constexpr int LANES = 8, TILE_ROWS = 6;  // of 16 registers, 12 hold sums
+#endif
+#if defined(__AVX512BF16__)
+constexpr bool HAS_BF16 = true;
+#else
+constexpr bool HAS_BF16 = false;
+#endif
+
+typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+static inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+static inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+static inline Vec spread(float x) { return x - Vec{}; }
+
+static inline float sum(Vec v) {
+    float part[LANES];
+    store(part, v);
+    for (int width = LANES / 2; width; width /= 2)  // a tree: short chains, vectorised
+        for (int i = 0; i < width; ++i) part[i] += part[i + width];
+    return part[0];
+}
+
+// exp to about 1 ulp: 2^n times a polynomial of the rest, within +-ln(2)/2.
+static inline Vec exp_of(Vec x) {
+    const Vec low = spread(-87.0f), high = spread(88.0f);
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const Vec magic = spread(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
+    const Vec n = (x * spread(1.44269504088896341f) + magic) - magic;
+    Vec r = x - n * spread(0.693359375f);
+    r = r - n * spread(-2.12194440e-4f);
+    Vec p = spread(1.9875691500e-4f);
+    p = p * r + spread(1.3981999507e-3f);
+    p = p * r + spread(8.3334519073e-3f);
+    p = p * r + spread(4.1665795894e-2f);
+    p = p * r + spread(1.6666665459e-1f);
+    p = p * r + spread(5.0000001201e-1f);
+    p = p * r * r + r + spread(1.0f);
+    const IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
+    Vec scale;
+    std::memcpy(&scale, &power, sizeof(scale));
+    return p * scale;
+}
+
+static inline Vec sigmoid(Vec x) { return spread(1.0f) / (spread(1.0f) + exp_of(-x)); }
+
+static inline uint16_t to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40);  // NaN stays NaN
+    return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
+
+extern "C" {
+
+struct Layer {
+    const void *gqkv, *o, *gate_up, *down;  // packed; gate_up alternates blocks of gate and of up
+};
+
+struct Model {
+    int64_t hidden, heads, head_dim, mlp, vocab, layers;
+    int64_t bf16;         // packed weights are bf16 pairs, else fp32
+    int64_t shared;       // one stack plays both roles
+    int64_t H_injection;  // the H stack is called on z_H + z_L, else on z_L
+    int64_t L_slots;      // L cycles of the cache's slots
+    float eps, scale;
+    const float* embedding;  // (V, D)
+    const float* z_L_init;   // (D)
+    const float *cos, *sin;  // (positions, K); the first half of the sines is negated
+    const void* head;        // packed
+    const Layer *H, *L;      // (layers) each
+};
+
+struct Step {
+    int64_t rows, H_cycles, L_cycles, capacity, threads;
+    const int64_t *tokens, *lengths;  // (B)
+    float *const *keys, *const *values;  // of each slot, (B, N, capacity, K)
+    float* logits;                    // (B, V)
+    float* first_logits;              // (B, V) behind the first H cycle, or null
+    float* workspace;                 // hrm_workspace() floats, of any content
+};
+
+int64_t hrm_lanes() { return LANES; }
+int64_t hrm_has_bf16() { return HAS_BF16; }
+}
+
+// Where everything of one step is, in the caller's memory: fresh pages every step would cost more
+// than what is written to them.
+struct Layout {
+    int64_t stream, gqkv, attended, hidden, operand, scores;
+    explicit Layout(const Model& m, const Step& s) {
+        const int64_t A = m.heads * m.head_dim, widest = std::max({m.hidden, A, m.mlp});
+        stream = padded(s.rows * m.hidden);
+        gqkv = padded(s.rows * 4 * A);
+        attended = padded(s.rows * A);
+        hidden = padded(s.rows * m.mlp);
+        operand = padded(s.rows * widest);
+        scores = padded(s.capacity + 2 * LANES) + padded(m.head_dim);
+    }
+    int64_t shared() const { return 3 * stream + gqkv + attended + hidden; }
+    int64_t thread() const { return 2 * operand + scores; }
+    static int64_t padded(int64_t count) { return (count + 31) / 32 * 32; }
+};
+
+extern "C" int64_t hrm_workspace(const Model* model, const Step* step) {
+    const Layout layout(*model, *step);
+    return layout.shared() + step->threads * layout.thread();
+}
+
+namespace {
+
+class Barrier {
+  public:
+    explicit Barrier(int count) : count_(count) {}
+    void wait() {
+        if (count_ == 1) return;
+        const int turn = turn_.load(std::memory_order_relaxed);
+        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == count_ - 1) {
+            arrived_.store(0, std::memory_order_relaxed);
+            turn_.store(turn + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
+            if (spins > 4000) std::this_thread::yield();  // more threads than free cores
+#if defined(__x86_64__)
+            else __builtin_ia32_pause();
+#endif
+        }
+    }
+
+  private:
+    const int count_;
+    std::atomic<int> arrived_{0}, turn_{0};
+};
+
+struct Shared {
+    float *x, *z_H, *z_L, *gqkv, *attended, *hidden;
+    Barrier barrier;
+    Shared(const Step& s, const Layout& layout) : barrier(int(s.threads)) {
+        x = s.workspace;
+        z_H = x + layout.stream;
+        z_L = z_H + layout.stream;
+        gqkv = z_L + layout.stream;
+        attended = gqkv + layout.gqkv;
+        hidden = attended + layout.attended;
+    }
+};
+
+constexpr int TOGETHER = 8;
+
+struct Range {
+    int64_t begin, end;
+};
+
+Range part(int64_t count, int64_t thread, int64_t threads) {
+    return {count * thread / threads, count * (thread + 1) / threads};
+}
+
+// acc[r][b] = the products of row r with the columns of block b.
+template <int ROWS, int BLOCKS>
+inline void tile(const float* w, const float* x, int64_t inputs, Vec (&acc)[ROWS][BLOCKS]) {
+    for (int r = 0; r < ROWS; ++r)
+        for (int b = 0; b < BLOCKS; ++b) acc[r][b] = Vec{};
+    for (int64_t k = 0; k < inputs; ++k) {
+        Vec weights[BLOCKS];
+        for (int b = 0; b < BLOCKS; ++b) weights[b] = load(w + (b * inputs + k) * LANES);
+        for (int r = 0; r < ROWS; ++r) {
+            const Vec value = spread(x[r * inputs + k]);
+            for (int b = 0; b < BLOCKS; ++b) acc[r][b] += value * weights[b];
+        }
+    }
+}
+
+#if defined(__AVX512BF16__)
+template <int ROWS, int BLOCKS>
+inline void tile(const uint32_t* w, const uint32_t* x, int64_t pairs, Vec (&acc)[ROWS][BLOCKS]) {
+    __m512 sums[ROWS][BLOCKS];
+    for (int r = 0; r < ROWS; ++r)
+        for (int b = 0; b < BLOCKS; ++b) sums[r][b] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < pairs; ++k) {
+        __m512bh weights[BLOCKS];
+        for (int b = 0; b < BLOCKS; ++b)
+            weights[b] = (__m512bh)_mm512_loadu_si512(w + (b * pairs + k) * LANES);
+        for (int r = 0; r < ROWS; ++r) {
+            const __m512bh value = (__m512bh)_mm512_set1_epi32(int(x[r * pairs + k]));
+            for (int b = 0; b < BLOCKS; ++b)
+                sums[r][b] = _mm512_dpbf16_ps(sums[r][b], weights[b], value);
+        }
+    }
+    for (int r = 0; r < ROWS; ++r)
+        for (int b = 0; b < BLOCKS; ++b) acc[r][b] = (Vec)sums[r][b];
+}
+#endif
+
+template <int ROWS, int BLOCKS, class T, class Finish>
+inline void finished_tile(const T* w, const T* x, int64_t inputs, int64_t row, int64_t block,
+                          const Finish& finish) {
+    Vec acc[ROWS][BLOCKS];
+    tile<ROWS, BLOCKS>(w + block * inputs * LANES, x + row * inputs, inputs, acc);
+    for (int r = 0; r < ROWS; ++r)
+        for (int b = 0; b < BLOCKS; b += 2) finish(row + r, block + b, acc[r][b], acc[r][b + 1]);
+}
+
+template <int ROWS, class T, class Finish>
+inline void rows_tile(int64_t count, const T* w, const T* x, int64_t inputs, int64_t row,
+                      int64_t block, const Finish& finish) {
+    if constexpr (ROWS > 0) {
+        if (count == ROWS) finished_tile<ROWS, 2>(w, x, inputs, row, block, finish);
+        else rows_tile<ROWS - 1>(count, w, x, inputs, row, block, finish);
+    }
+}
+
+// Blocks [range) of the product, two at a time; `finish(row, block, left, right)` gets the sums.
+template <class T, class Finish>
+void product(const T* w, const T* x, int64_t inputs, int64_t rows, Range range,
+             const Finish& finish) {
+    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
+    int64_t block = range.begin;
+    if (rows == 1)  // enough sums at once to hide the latency of one
+        for (; block + 8 <= range.end; block += 8)
+            finished_tile<1, 8>(w, x, inputs, 0, block, finish);
+    for (; block < range.end; block += 2)
+        for (int64_t t = 0; t < tiles; ++t) {
+            const Range tile_rows = part(rows, t, tiles);  // of like size
+            rows_tile<TILE_ROWS>(tile_rows.end - tile_rows.begin, w, x, inputs, tile_rows.begin,
+                                 block, finish);
+        }
+}
+
+class Worker {
+  public:
+    Worker(const Model& model, const Step& step, const Layout& layout, Shared& shared,
+           int64_t thread)
+        : m(model), s(step), sh(shared), thread_(thread), A(model.heads * model.head_dim) {
+        own_ = step.workspace + layout.shared() + thread * layout.thread();
+        pairs_ = reinterpret_cast<uint32_t*>(own_ + layout.operand);
+        query_ = own_ + 2 * layout.operand;
+        scores_ = query_ + Layout::padded(model.head_dim);
+    }
+
+    void run() {
+        const Range mine = part(s.rows, thread_, s.threads);
+        for (int64_t row = mine.begin; row < mine.end; ++row) {
+            const float* embedded = m.embedding + s.tokens[row] * m.hidden;
+            for (int64_t d = 0; d < m.hidden; ++d) {
+                const int64_t at = row * m.hidden + d;
+                sh.z_H[at] = embedded[d] * m.scale;
+                sh.z_L[at] = m.z_L_init[d];
+            }
+        }
+        for (int64_t h = 0; h < s.H_cycles; ++h) {
+            for (int64_t call = 0; call < s.L_cycles; ++call) {
+                enter(mine, true, true);
+                stack(m.shared ? m.H : m.L, (h * (m.L_slots + 1) + call) * m.layers);
+                leave(mine, sh.z_L);
+            }
+            enter(mine, s.L_cycles == 0 || m.H_injection, s.L_cycles > 0);
+            stack(m.H, (h * (m.L_slots + 1) + m.L_slots) * m.layers);
+            leave(mine, sh.z_H);
+            if (h == 0 && s.first_logits) head(s.first_logits);
+        }
+        head(s.logits);
+    }
+
+  private:
+    // x = z_H + z_L, or one of them, for this thread's rows.
+    void enter(Range mine, bool with_H, bool with_L) {
+        for (int64_t i = mine.begin * m.hidden; i < mine.end * m.hidden; ++i)
+            sh.x[i] = (with_H ? sh.z_H[i] : 0.0f) + (with_L ? sh.z_L[i] : 0.0f);
+        sh.barrier.wait();
+    }
+
+    // z = norm(x): the norm at the stack's exit.
+    void leave(Range mine, float* z) {
+        for (int64_t row = mine.begin; row < mine.end; ++row)
+            norm(&sh.x[row * m.hidden], &z[row * m.hidden]);
+    }
+
+    void norm(const float* x, float* out) const {
+        Vec squares{};
+        int64_t d = 0;
+        for (; d + LANES <= m.hidden; d += LANES) squares += load(x + d) * load(x + d);
+        float total = sum(squares);
+        for (; d < m.hidden; ++d) total += x[d] * x[d];
+        const float factor = 1.0f / std::sqrt(total / m.hidden + m.eps);
+        for (d = 0; d < m.hidden; ++d) out[d] = x[d] * factor;
+    }
+
+    // What the products to come read: activations of all rows, in the weights' number format.
+    void take(const float* x, int64_t inputs) {
+        inputs_ = inputs;
+        wide_ = x;
+        if (m.bf16) convert(x, s.rows * inputs);
+    }
+
+    void take_normed(const float* x) {
+        for (int64_t row = 0; row < s.rows; ++row)
+            norm(x + row * m.hidden, own_ + row * m.hidden);
+        take(own_, m.hidden);
+    }
+
+    void convert(const float* x, int64_t count) {
+        uint16_t* out = reinterpret_cast<uint16_t*>(pairs_);
+        int64_t i = 0;
+#if defined(__AVX512BF16__)
+        for (; i + 16 <= count; i += 16)
+            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
+                                (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
+#endif
+        for (; i < count; ++i) out[i] = to_bf16(x[i]);
+    }
+
+    // This thread's columns of (what was taken) times packed weights.
+    template <class Finish>
+    void multiply(const void* weights, int64_t columns, const Finish& finish) {
+        const int64_t twos = (columns + 2 * LANES - 1) / (2 * LANES);
+        Range range = part(twos, thread_, s.threads);
+        range = {2 * range.begin, 2 * range.end};
+#if defined(__AVX512BF16__)
+        if (m.bf16) {
+            product(static_cast<const uint32_t*>(weights), pairs_, inputs_ / 2, s.rows, range,
+                    finish);
+            return;
+        }
+#endif
+        product(static_cast<const float*>(weights), wide_, inputs_, s.rows, range, finish);
+    }
+
+    // Columns come in whole pairs of blocks; only a vocabulary may end within one.
+    void put(float* out, int64_t columns, int64_t block, Vec left, Vec right) const {
+        const int64_t at = block * LANES;
+        if (at + 2 * LANES <= columns) {
+            store(out + at, left);
+            store(out + at + LANES, right);
+            return;
+        }
+        for (int64_t i = 0; i < LANES; ++i) {
+            if (at + i < columns) out[at + i] = left[i];
+            if (at + LANES + i < columns) out[at + LANES + i] = right[i];
+        }
+    }
+
+    void add_to_x(int64_t row, int64_t block, Vec left, Vec right) const {
+        float* x = &sh.x[row * m.hidden + block * LANES];
+        store(x, load(x) + left);
+        store(x + LANES, load(x + LANES) + right);
+    }
+
+    void stack(const Layer* layers, int64_t first_slot) {
+        for (int64_t i = 0; i < m.layers; ++i) block(layers[i], first_slot + i);
+    }
+
+    void block(const Layer& layer, int64_t slot) {
+        take_normed(sh.x);
+        multiply(layer.gqkv, 4 * A, [&](int64_t row, int64_t b, Vec left, Vec right) {
+            put(&sh.gqkv[row * 4 * A], 4 * A, b, left, right);
+        });
+        sh.barrier.wait();
+        const Range mine = part(s.rows * m.heads, thread_, s.threads);
+        for (int64_t pair = mine.begin; pair < mine.end; ++pair)
+            attend(pair / m.heads, pair % m.heads, slot);
+        sh.barrier.wait();
+        take(sh.attended, A);
+        multiply(layer.o, m.hidden, [&](int64_t row, int64_t b, Vec left, Vec right) {
+            add_to_x(row, b, left, right);
+        });
+        sh.barrier.wait();
+        take_normed(sh.x);
+        multiply(layer.gate_up, 2 * m.mlp, [&](int64_t row, int64_t b, Vec gate, Vec up) {
+            store(&sh.hidden[row * m.mlp + b / 2 * LANES], gate * sigmoid(gate) * up);
+        });
+        sh.barrier.wait();
+        take(sh.hidden, m.mlp);
+        multiply(layer.down, m.hidden, [&](int64_t row, int64_t b, Vec left, Vec right) {
+            add_to_x(row, b, left, right);
+        });
+        sh.barrier.wait();
+    }
+
+    // sigmoid(gate) * attention of one head of one row, over all it holds and the new token.
+    void attend(int64_t row, int64_t n, int64_t slot) {
+        const int64_t K = m.head_dim, position = s.lengths[row];
+        const float* gqkv = &sh.gqkv[row * 4 * A + n * K];
+        const float* cos = m.cos + position * K;
+        const float* sin = m.sin + position * K;
+        float* keys = s.keys[slot] + (row * m.heads + n) * s.capacity * K;
+        float* values = s.values[slot] + (row * m.heads + n) * s.capacity * K;
+        const float shrink = 1.0f / std::sqrt(float(K));
+        for (int64_t i = 0; i < K; ++i) {
+            const int64_t other = i < K / 2 ? i + K / 2 : i - K / 2;
+            query_[i] = (gqkv[A + i] * cos[i] + gqkv[A + other] * sin[i]) * shrink;
+            keys[position * K + i] = gqkv[2 * A + i] * cos[i] + gqkv[2 * A + other] * sin[i];
+            values[position * K + i] = gqkv[3 * A + i];
+        }
+        int64_t t = 0;
+        for (; t + TOGETHER <= position + 1; t += TOGETHER) score<TOGETHER>(keys, values, t);
+        for (; t <= position; ++t) score<1>(keys, values, t);
+        float largest = -INFINITY;
+        for (t = 0; t <= position; ++t) largest = scores_[t] > largest ? scores_[t] : largest;
+        for (int i = 0; i < LANES; ++i) scores_[position + 1 + i] = -INFINITY;  // weights 0
+        Vec totals{};
+        for (t = 0; t <= position; t += LANES) {
+            const Vec weight = exp_of(load(&scores_[t]) - largest);
+            store(&scores_[t], weight);
+            totals += weight;
+        }
+        // exp_of(-87) is not 0: what stands behind the last token must not count.
+        for (t = position + 1; t <= position / LANES * LANES + LANES - 1; ++t)
+            totals[t % LANES] -= scores_[t];
+        const float inverse = 1.0f / sum(totals);
+        float* out = &sh.attended[row * A + n * K];
+        int64_t i = 0;
+        for (; i + 4 * LANES <= K; i += 4 * LANES) mix<4>(values, i, position, inverse, gqkv, out);
+        for (; i < K; i += LANES) mix<1>(values, i, position, inverse, gqkv, out);
+    }
+
+    // Scores of COUNT tokens from t on: several at once hide the latency of a sum.
+    template <int COUNT>
+    void score(const float* keys, const float* values, int64_t t) {
+        Vec products[COUNT] = {};
+        for (int64_t i = 0; i < m.head_dim; i += LANES) {
+            const Vec query = load(&query_[i]);
+            for (int j = 0; j < COUNT; ++j) {
+                const int64_t at = (t + j) * m.head_dim + i;
+                products[j] += query * load(keys + at);
+                __builtin_prefetch(values + at);  // read next: both streams come at once
+            }
+        }
+        for (int j = 0; j < COUNT; ++j) scores_[t + j] = sum(products[j]);
+    }
+
+    // Dimensions from i on of the gated output.
+    template <int COUNT>
+    void mix(const float* values, int64_t i, int64_t position, float inverse, const float* gate,
+             float* out) {
+        Vec mixed[COUNT] = {};
+        for (int64_t t = 0; t <= position; ++t) {
+            const Vec weight = spread(scores_[t]);
+            for (int j = 0; j < COUNT; ++j)
+                mixed[j] += weight * load(values + t * m.head_dim + i + j * LANES);
+        }
+        for (int j = 0; j < COUNT; ++j) {
+            const int64_t at = i + j * LANES;
+            store(out + at, sigmoid(load(gate + at)) * mixed[j] * inverse);
+        }
+    }
+
+    void head(float* logits) {
+        sh.barrier.wait();  // z_H of all rows
+        take(sh.z_H, m.hidden);
+        multiply(m.head, m.vocab, [&](int64_t row, int64_t b, Vec left, Vec right) {
+            put(logits + row * m.vocab, m.vocab, b, left, right);
+        });
+    }
+
+    const Model& m;
+    const Step& s;
+    Shared& sh;
+    const int64_t thread_, A;
+    float *own_, *query_, *scores_;  // this thread's memory
+    uint32_t* pairs_;
+    const float* wide_ = nullptr;
+    int64_t inputs_ = 0;
+};
+
+}  // namespace
+
+extern "C" void hrm_step(const Model* model, const Step* step) {
+    const Layout layout(*model, *step);
+    Shared shared(*step, layout);
+    auto work = [&](int64_t thread) { Worker(*model, *step, layout, shared, thread).run(); };
+    std::vector<std::thread> others;
+    for (int64_t thread = 1; thread < step->threads; ++thread) others.emplace_back(work, thread);
+    work(0);
+    for (auto& other : others) other.join();
+}

@@ -1,0 +1,220 @@
+"""The decode step by the C++ kernel: packed weights, and calls that look like `DecodeStep`.
+
+Letters: B rows, V vocabulary, O outputs and I inputs of a projection.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import cast
+
+import torch
+
+from hrmtext.errors import BackendError
+from hrmtext.generate.cpp.build import library
+from hrmtext.model import Depth, HrmLM, KVCache
+from hrmtext.model.layers import Block, rotary_tables
+
+MAX_THREADS = 16
+"""More would wait at barriers longer than they compute."""
+
+_I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(name, _P) for name in ("gqkv", "o", "gate_up", "down")]
+
+
+class _Model(ctypes.Structure):
+    _fields_ = [
+        *((name, _I) for name in ("hidden", "heads", "head_dim", "mlp", "vocab", "layers")),
+        *((name, _I) for name in ("bf16", "shared", "H_injection", "L_slots")),
+        *((name, _F) for name in ("eps", "scale")),
+        *((name, _P) for name in ("embedding", "z_L_init", "cos", "sin", "head")),
+        *((name, ctypes.POINTER(_Layer)) for name in ("H", "L")),
+    ]
+
+
+class _Step(ctypes.Structure):
+    _fields_ = [
+        *((name, _I) for name in ("rows", "H_cycles", "L_cycles", "capacity", "threads")),
+        *((name, _P) for name in ("tokens", "lengths")),
+        *((name, ctypes.POINTER(_P)) for name in ("keys", "values")),
+        *((name, _P) for name in ("logits", "first_logits", "workspace")),
+    ]
+
+
+def why_not(model: HrmLM) -> str | None:
+    """What keeps `CppStep` from running this model; None: nothing does."""
+    weight, config = model.lm_head.weight, model.config
+    if weight.device.type != "cpu":
+        return f"it runs on the CPU, the weights are on {weight.device}"
+    if weight.dtype not in (torch.float32, torch.bfloat16):
+        return f"it reads fp32 and bf16 weights, these are {weight.dtype}"
+    widths = {"hidden_size": config.hidden_size, "mlp_size": config.mlp_size,
+              "attention_size": config.attention_size, "head_dim": config.head_dim}  # fmt: skip
+    lanes = 2 * library().hrm_lanes()
+    for name, width in widths.items():
+        if width % (lanes // 2 if name == "head_dim" else lanes):
+            return f"it needs widths in multiples of {lanes}, {name} is {width}"
+    return None
+
+
+def packed_bytes(model: HrmLM) -> int:
+    """Memory that the packed copy of the weights takes."""
+    config = model.config
+    weights = sum(p.numel() for p in model.parameters()) - config.vocab_size * config.hidden_size
+    return weights * (2 if _in_bf16(model) else 4) + 4 * config.vocab_size * config.hidden_size
+
+
+class CppStep:
+    """Logits of one further token a row, by the C++ kernel.
+
+    Activations, sums and the cache are fp32; weights are read in their own format where the
+    processor multiplies it (bf16 then rounds what each product reads, as the module does), else in
+    fp32. The packed weights are a copy: see `is_current`.
+    """
+
+    is_compiled = False
+    """Any number of rows and any capacity, from step to step."""
+
+    def __init__(self, model: HrmLM) -> None:
+        """Build the kernel if need be, and pack the weights.
+
+        Raises:
+            BackendError: this model, device or number format is not for the kernel, or there is no
+                compiler.
+        """
+        reason = why_not(model)
+        if reason is not None:
+            raise BackendError(f"step=cpp cannot run this model: {reason}; use step=eager")
+        self.model = model
+        self._library = library()
+        self._lanes = int(self._library.hrm_lanes())
+        self._bf16 = _in_bf16(model)
+        self._versions = _versions(model)
+        self._kept: list[torch.Tensor] = []  # what the kernel's pointers point to
+        self._layers: list[ctypes.Array[_Layer]] = []
+        self._packed = self._pack_model()
+        self._workspace = torch.empty(0)
+
+    def is_current(self) -> bool:
+        """Whether the model's weights are still those that were packed."""
+        return self._versions == _versions(self.model)
+
+    def __call__(
+        self, tokens: torch.Tensor, cache: KVCache, depth: Depth | None, guidance: float
+    ) -> torch.Tensor:
+        """(B) tokens, appended to the cache -> (B, V) fp32 logits behind them."""
+        cache.require_room()
+        config = self.model.config
+        keys, values = _pointers(cache.keys), _pointers(cache.values)
+        tokens, lengths = tokens.contiguous(), cache.lengths.contiguous()
+        shape = (len(tokens), config.vocab_size)
+        logits = torch.empty(shape)
+        first = torch.empty(shape) if guidance else None
+        step = _Step(
+            rows=len(tokens),
+            H_cycles=depth.H_cycles if depth else config.H_cycles,
+            L_cycles=depth.L_cycles if depth else config.L_cycles,
+            capacity=cache.capacity,
+            threads=min(torch.get_num_threads(), MAX_THREADS),
+            tokens=tokens.data_ptr(),
+            lengths=lengths.data_ptr(),
+            keys=keys,
+            values=values,
+            logits=logits.data_ptr(),
+            first_logits=None if first is None else first.data_ptr(),
+        )
+        step.workspace = self._memory(step).data_ptr()
+        self._library.hrm_step(ctypes.byref(self._packed), ctypes.byref(step))
+        cache.advance()
+        if first is not None:
+            return (1 + guidance) * logits - guidance * first
+        return logits
+
+    def _memory(self, step: _Step) -> torch.Tensor:
+        size = self._library.hrm_workspace(ctypes.byref(self._packed), ctypes.byref(step))
+        if self._workspace.numel() < size:
+            self._workspace = torch.empty(size)
+        return self._workspace
+
+    def _pack_model(self) -> _Model:
+        model, config = self.model, self.model.config
+        core = model.model
+        H = self._pack_stack(core.H_module.layers)
+        L = H if config.shared_stack else self._pack_stack(core.L_module.layers)
+        positions = torch.arange(config.max_seq_len)
+        cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, torch.float32)
+        return _Model(
+            hidden=config.hidden_size,
+            heads=config.num_heads,
+            head_dim=config.head_dim,
+            mlp=config.mlp_size,
+            vocab=config.vocab_size,
+            layers=config.num_layers_per_stack,
+            bf16=self._bf16,
+            shared=config.shared_stack,
+            H_injection=config.H_injection,
+            L_slots=config.L_cycles,
+            eps=config.rms_norm_eps,
+            scale=config.scale,
+            embedding=self._keep(core.embed_tokens.weight.float()),
+            z_L_init=self._keep(core.z_L_init.float()),
+            cos=self._keep(cos),
+            sin=self._keep(sin),
+            head=self._keep(self._pack(model.lm_head.weight)),
+            H=H,
+            L=L,
+        )
+
+    def _pack_stack(self, blocks: torch.nn.ModuleList) -> ctypes.Array[_Layer]:
+        layers = (_Layer * len(blocks))(*(self._pack_block(cast(Block, block)) for block in blocks))
+        self._layers.append(layers)
+        return layers
+
+    def _pack_block(self, block: Block) -> _Layer:
+        gate, up = (self._pack(half) for half in block.mlp.gate_up_proj.weight.chunk(2))
+        alternating = torch.stack((gate, up), dim=1).flatten(0, 1)
+        return _Layer(
+            gqkv=self._keep(self._pack(block.attn.gqkv_proj.weight)),
+            o=self._keep(self._pack(block.attn.o_proj.weight)),
+            gate_up=self._keep(alternating),
+            down=self._keep(self._pack(block.mlp.down_proj.weight)),
+        )
+
+    def _pack(self, weight: torch.Tensor) -> torch.Tensor:
+        """(O, I) -> (O / lanes, I, lanes) in fp32 or (O / lanes, I / 2, lanes, 2) in bf16.
+
+        Outputs are padded with zeros to a multiple of two blocks.
+        """
+        weight = weight.detach().to(torch.bfloat16 if self._bf16 else torch.float32)
+        missing = -len(weight) % (2 * self._lanes)
+        weight = torch.nn.functional.pad(weight, (0, 0, 0, missing))
+        blocks = weight.unflatten(0, (-1, self._lanes))  # (O / lanes, lanes, I)
+        if self._bf16:
+            return blocks.unflatten(2, (-1, 2)).transpose(1, 2).contiguous()
+        return blocks.transpose(1, 2).contiguous()
+
+    def _keep(self, tensor: torch.Tensor) -> int:
+        tensor = tensor.detach().contiguous()
+        self._kept.append(tensor)
+        return tensor.data_ptr()
+
+
+def _in_bf16(model: HrmLM) -> bool:
+    return model.lm_head.weight.dtype == torch.bfloat16 and bool(library().hrm_has_bf16())
+
+
+def _versions(model: HrmLM) -> list[tuple[int, int]]:
+    """Changes when a weight is replaced or written to; tensors of inference mode do not count."""
+    return [
+        (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
+        for tensor in model.state_dict(keep_vars=True).values()
+    ]
+
+
+def _pointers(tensors: list[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    first = tensors[0]
+    assert first.dtype == torch.float32 and first.is_contiguous(), "the CPU cache is fp32"
+    return (_P * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
