@@ -12,6 +12,7 @@ from transformers import HrmTextForCausalLM as TheirModel
 
 from hrmtext.artifacts.hf_folder import to_hf_config, to_split
 from hrmtext.hf import HrmTextConfig, HrmTextForCausalLM
+from hrmtext.hf.cache_name import CACHE
 
 
 def our_class(case: Case, attn_implementation: str = "sdpa") -> HrmTextForCausalLM:
@@ -56,8 +57,8 @@ def cached_logits(
             input_ids=batch["input_ids"][:, column : column + 1],
             attention_mask=batch["attention_mask"][:, : column + 1],
             position_ids=positions[:, column : column + 1],
-            past_key_values=out.past_key_values,
             use_cache=True,
+            **{CACHE: out[CACHE]},
         )
         logits.append(out.logits)
     return torch.cat(logits, dim=1)

@@ -114,11 +114,13 @@ class TransformersPath:
         with torch.inference_mode():
             out = self.model(**encoded, use_cache=True)
             found = [out.logits[0, -1]]
+            # The cache's name changed with transformers 5.24.
+            name = "cache" if "cache" in out else "past_key_values"
             for token in response:
                 out = self.model(
                     input_ids=torch.tensor([[token]]),
-                    past_key_values=out.past_key_values,
                     use_cache=True,
+                    **{name: out[name]},
                 )
                 found.append(out.logits[0, -1])
         return torch.stack(found).float()

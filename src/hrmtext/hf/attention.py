@@ -5,6 +5,7 @@ Letters: B rows of a padded batch, S its columns, C columns in the cache, N head
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +19,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from hrmtext.batch import RowLayout
 from hrmtext.errors import DataError
+from hrmtext.hf.cache_name import CACHE
 from hrmtext.hf.configuration import VARLEN, HrmTextConfig
 from hrmtext.model.attention import AttentionPlan, make_plan
 
@@ -187,10 +189,26 @@ def prefix_mask(
         config=config,
         inputs_embeds=embedded,
         attention_mask=attention_mask,
-        past_key_values=cache,
+        **{CACHE: cache},
         position_ids=position_ids,
         **blocks,
     )
+
+
+@functools.cache
+def transformers_keeps_packed_prompts_apart() -> bool:
+    """Whether transformers' own mask does for packed rows what `prefix_mask` does; looked at."""
+    config = HrmTextConfig(hidden_size=32, num_attention_heads=2, num_hidden_layers=1)
+    config._attn_implementation = "eager"
+    mask = create_causal_mask(
+        config=config,
+        inputs_embeds=torch.zeros(1, 4, 32),
+        attention_mask=None,
+        position_ids=torch.tensor([[0, 1, 0, 1]]),
+        block_sequence_ids=torch.zeros(1, 4, dtype=torch.int64),
+        **{CACHE: None},
+    )
+    return bool((mask[0, 0, 2:, :2] < 0).all()) and bool((mask[0, 0, :2, 2:] < 0).all())
 
 
 def eager_attention(

@@ -255,14 +255,18 @@ def _ints(values: Any) -> list[int]:
 
 
 def _require_packing(model: Any) -> None:
+    from hrmtext.hf.attention import transformers_keeps_packed_prompts_apart
     from hrmtext.hf.modeling import HrmTextPreTrainedModel
 
     inner = getattr(model, "module", model)
     inner = inner.get_base_model() if hasattr(inner, "get_base_model") else inner
-    if not isinstance(inner, HrmTextPreTrainedModel):
+    if isinstance(inner, HrmTextPreTrainedModel):
+        return
+    theirs = getattr(getattr(inner, "config", None), "model_type", None) == "hrm_text"
+    if not (theirs and transformers_keeps_packed_prompts_apart()):
         raise ConfigError(
             f"pack_for is a {type(inner).__module__}.{type(inner).__name__}; only hrmtext.hf's "
-            "classes keep the prompts of packed rows apart (transformers' own class lets all "
-            "tokens of type 1 see one another). Load the model by hrmtext.hf.HrmTextForCausalLM, "
-            "or leave pack_for out"
+            "classes keep the prompts of packed rows apart (transformers' own class does so from "
+            "release 5.24 on; before, all tokens of type 1 see one another). Load the model by "
+            "hrmtext.hf.HrmTextForCausalLM, or leave pack_for out"
         )

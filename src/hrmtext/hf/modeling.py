@@ -32,6 +32,7 @@ from hrmtext.hf.attention import (
     register_varlen,
     varlen_plan,
 )
+from hrmtext.hf.cache_name import CACHE, one_cache
 from hrmtext.hf.configuration import VARLEN, HrmTextConfig, require_prefix_attention
 from hrmtext.hf.parallel import register_parallel_styles
 from hrmtext.model.hrm import Recurrence, recur
@@ -52,7 +53,7 @@ class HrmTextPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
     _no_split_modules = ["Block"]  # noqa: RUF012 (transformers' attributes are lists)
-    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _skip_keys_device_placement = ["cache", "past_key_values"]  # noqa: RUF012
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -152,10 +153,11 @@ class HrmTextModel(HrmTextPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         token_type_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """The last z_H of every token.
@@ -166,7 +168,8 @@ class HrmTextModel(HrmTextPreTrainedModel):
             position_ids: (B, S); None: from the number of tokens in the cache on. Without
                 attention_mask and cache, positions that start again pack several rows in one; no
                 row sees another, and no cache is made.
-            past_key_values: a cache with a slot for each (stack call, layer).
+            cache: a cache with a slot for each (stack call, layer); `past_key_values` is its name
+                up to transformers 5.23. Either is taken.
             token_type_ids: (B, S), 1 on the tokens of the prompt, which see one another. They
                 count in the first forward pass only, as in transformers; all ones of a row are one
                 block, even where they stand apart.
@@ -181,14 +184,15 @@ class HrmTextModel(HrmTextPreTrainedModel):
         """
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("expected exactly one of input_ids and inputs_embeds")
+        cache = one_cache(cache, past_key_values)
         embedded = self.embed_tokens(input_ids) if inputs_embeds is None else inputs_embeds
         packed = None
-        if position_ids is not None and attention_mask is None and past_key_values is None:
+        if position_ids is not None and attention_mask is None and cache is None:
             packed = packed_rows(position_ids.expand(embedded.shape[:2]))
-        if use_cache and past_key_values is None and packed is None:
-            past_key_values = DynamicCache(config=self.config)
+        if use_cache and cache is None and packed is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            seen = cache.get_seq_length() if cache is not None else 0
             position_ids = torch.arange(embedded.shape[1], device=embedded.device)[None] + seen
         wanted = kwargs.pop("output_attentions", None)
         keep_weights = bool(self.config.output_attentions if wanted is None else wanted)
@@ -198,23 +202,23 @@ class HrmTextModel(HrmTextPreTrainedModel):
                 "weights: call model.set_attn_implementation('eager') for output_attentions=True"
             )
         kwargs.pop("output_hidden_states", None)  # recorded by the decorator
-        is_first = past_key_values is None or not past_key_values.is_initialized
+        is_first = cache is None or not cache.is_initialized
         has_mask = attention_mask is not None and attention_mask.dim() == 4
         if is_first and not has_mask:
             check_token_types(self.config, token_type_ids)
         if is_first and not has_mask and self.config._attn_implementation == VARLEN:
             plan: Any = varlen_plan(
-                attention_mask, token_type_ids, embedded, past_key_values, self.config, packed
+                attention_mask, token_type_ids, embedded, cache, self.config, packed
             )
         else:
             types = token_type_ids if is_first else None
             mask = prefix_mask(
-                self.config, embedded, attention_mask, position_ids, past_key_values, types, packed
+                self.config, embedded, attention_mask, position_ids, cache, types, packed
             )
             plan = DensePlan(
                 Owner(self.config, self.H_module, self.training),
                 mask,
-                past_key_values,
+                cache,
                 keep_weights=keep_weights,
                 options={"position_ids": position_ids, **kwargs},
             )
@@ -225,7 +229,7 @@ class HrmTextModel(HrmTextPreTrainedModel):
         )
         return BaseModelOutputWithPast(
             last_hidden_state=cast(Any, states[-1]),
-            past_key_values=past_key_values,
+            **cast(Any, {CACHE: cache}),
             attentions=tuple(plan.weights or ()) if keep_weights else None,
         )
 
@@ -255,12 +259,13 @@ class HrmTextForCausalLM(HrmTextPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         token_type_ids: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits, and the loss where there are labels.
@@ -277,7 +282,7 @@ class HrmTextForCausalLM(HrmTextPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             token_type_ids=token_type_ids,
             inputs_embeds=inputs_embeds,
             use_cache=use_cache,
@@ -293,7 +298,7 @@ class HrmTextForCausalLM(HrmTextPreTrainedModel, GenerationMixin):
         return CausalLMOutputWithPast(
             loss=loss,
             logits=logits,
-            past_key_values=outputs.past_key_values,
+            **cast(Any, {CACHE: outputs.get(CACHE)}),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -331,10 +336,11 @@ class HrmTextForCausalLM(HrmTextPreTrainedModel, GenerationMixin):
         config: HrmTextConfig,
         inputs_embeds: torch.Tensor,
         attention_mask: torch.Tensor | None,
-        past_key_values: Cache | None,
-        position_ids: torch.Tensor | None,
+        cache: Cache | None = None,
+        position_ids: torch.Tensor | None = None,
         token_type_ids: torch.Tensor | None = None,
         is_first_iteration: bool | None = False,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> Any:
         """The mask that `generate` prepares ahead for a compiled forward pass."""
@@ -347,7 +353,7 @@ class HrmTextForCausalLM(HrmTextPreTrainedModel, GenerationMixin):
             config=config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            **cast(Any, {CACHE: one_cache(cache, past_key_values)}),
             position_ids=position_ids,
             **blocks,
         )

@@ -21,6 +21,7 @@ from hf_cases import PAD, VOCAB, prompts, small_config, small_model
 
 from hrmtext.artifacts.hf_folder import to_split
 from hrmtext.hf import HrmTextForCausalLM
+from hrmtext.hf.cache_name import CACHE
 
 NEW = 12
 BACKENDS = ("sdpa", "eager", "prefix_varlen")
@@ -141,7 +142,7 @@ def test_generation_returns_what_is_asked():
     assert len(out.hidden_states[0]) == 13 and out.hidden_states[0][0].shape == (3, 9, 32)
     assert out.hidden_states[1][0].shape == (3, 1, 32)
     assert len(out.attentions[0]) == 12 and out.attentions[1][0].shape == (3, 2, 1, 10)
-    assert out.past_key_values.get_seq_length() == 12
+    assert out[CACHE].get_seq_length() == 12
 
 
 def test_going_on_from_a_returned_cache():
@@ -151,8 +152,8 @@ def test_going_on_from_a_returned_cache():
     first = model.generate(**batch, max_new_tokens=4, return_dict_in_generate=True, **options)
     ids = first.sequences
     second = model.generate(
-        ids, attention_mask=torch.ones_like(ids), past_key_values=first.past_key_values,
-        max_new_tokens=6, **options,
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=6, **options,
+        **{CACHE: first[CACHE]},
     )  # fmt: skip
     assert torch.equal(second, whole)
 
@@ -187,6 +188,6 @@ def test_config_and_model_agree_on_the_number_of_slots():
     config = small_config()
     cache = transformers.DynamicCache(config=config)
     model = small_model()
-    model(prompts()["input_ids"], past_key_values=cache)
+    model(prompts()["input_ids"], **{CACHE: cache})
     assert len(cache.layers) == config.num_hidden_layers == 12
     assert {layer.get_seq_length() for layer in cache.layers} == {9}

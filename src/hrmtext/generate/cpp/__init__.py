@@ -1,4 +1,4 @@
-"""One decode step of an HRM in C++ for CPUs, built by the machine's own compiler when first used."""
+"""One decode step of an HRM in C++ for CPUs, built by the machine's own compiler."""
 
 from hrmtext.generate.cpp.step import CppStep
 
