@@ -8,6 +8,8 @@ from typing import Any, Literal
 from hrmtext.config.base import config_class
 from hrmtext.errors import ConfigError
 
+PiiKind = Literal["email", "phone", "ip", "card", "key"]
+"""Kinds of personal data that have a form of their own."""
 LongRows = Literal["truncate", "drop"]
 """What happens to a row beyond the context: its response is cut, or the row is dropped."""
 
@@ -137,7 +139,7 @@ class ReasoningGymConfig:
 
 @config_class
 class CleaningConfig:
-    """Which rows are dropped; each is counted by reason."""
+    """Which rows are dropped or changed; each is counted by reason."""
 
     max_instruction_chars: int = 1_000_000
     """Longest instruction, in characters."""
@@ -147,10 +149,40 @@ class CleaningConfig:
     """Drop rows equal in condition, instruction and response to an earlier row of any stratum."""
     drop_control_characters: bool = True
     """Drop rows with control characters other than tab, line feed and carriage return."""
+    remove_thinking: bool = False
+    """Cut `<think>...</think>` out of responses; rows with nothing else are dropped."""
+    boxed_answers: Literal["keep", "require", "extract"] = "keep"
+    r"""Drop rows whose response has no `\boxed{...}`; with extract its last one is the response."""
+    drop_code_fences: bool = False
+    """Drop rows whose response has a fenced block of code."""
+    drop_python: bool = False
+    """Drop rows in which the word python stands on either side."""
+    scripts: tuple[str, ...] = ()
+    """Scripts that letters should be of (LATIN, CYRILLIC, CJK, ...); empty: any."""
+    min_script_share: float = 0.9
+    """Least share of a row's letters that are of `scripts`."""
+    pii: Literal["keep", "drop", "mask"] = "keep"
+    """Personal data in either text: drop the row, or put the kind in its place: `[email]`."""
+    pii_kinds: tuple[PiiKind, ...] = ("email", "phone", "ip", "card", "key")
+    """What counts as personal data."""
+    near_duplicates: float | None = None
+    """Drop all but one of rows alike: least share of 5-word pieces in common; None: off."""
     format: Literal["parquet", "jsonl"] = "parquet"
     """How cleaned rows are stored."""
 
     def __post_init__(self) -> None:
+        for script in self.scripts:
+            if not (script.isalpha() and script.isupper()):
+                raise ConfigError(
+                    f"cleaning.scripts has {script!r}; expected names as Unicode has them, in "
+                    "capitals: LATIN, GREEK, CYRILLIC, ARABIC, HEBREW, CJK, HIRAGANA, HANGUL, ..."
+                )
+        for name, value, low in (
+            ("min_script_share", self.min_script_share, 0.0),
+            ("near_duplicates", self.near_duplicates, 0.5),
+        ):
+            if value is not None and not low <= value <= 1:
+                raise ConfigError(f"cleaning.{name} is {value}, expected {low} to 1")
         _at_least("cleaning.max_instruction_chars", self.max_instruction_chars, 1)
         _at_least("cleaning.max_response_chars", self.max_response_chars, 1)
 

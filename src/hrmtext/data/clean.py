@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import filecmp
-import hashlib
 import json
 import os
 import re
@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from hrmtext.config.data import CleaningConfig
+from hrmtext.data.dedup import SeenRows, near_duplicates
 from hrmtext.data.example import COLUMNS, Example, normalize_prompt
 from hrmtext.data.format import REPORT_FILE
-from hrmtext.data.sources.local import RowProblems, check_text, plain_condition
+from hrmtext.data.rules import apply_rules
+from hrmtext.data.sources.local import RowProblems, check_text, plain_condition, read_batches
 from hrmtext.errors import DataError
 from hrmtext.runtime.io import atomic_folder, write_json
 
@@ -26,6 +28,7 @@ SAMPLE_CHARS = 200
 ROWS_PER_WRITE = 10_000
 CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
 HELD_OUT = "prompt is held out"
+DUPLICATE, NEAR_DUPLICATE = "exact duplicate", "near duplicate"
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -37,6 +40,8 @@ class StratumCleaning:
     """Rows by reason."""
     samples: dict[str, list[dict[str, str]]] = dataclasses.field(default_factory=dict)
     """The first few rows of each reason, cut short."""
+    changed: dict[str, int] = dataclasses.field(default_factory=dict)
+    """Rows written that are not as the source had them, by what was done."""
     unreadable: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Rows that the source could not use: reason -> rows and first places."""
 
@@ -97,21 +102,43 @@ class Cleaner:
         """`held_out_prompts` are in the form of `normalize_prompt`."""
         self.config = config
         self.held_out_prompts = held_out_prompts
-        self._seen: set[bytes] = set()
+        self._seen = SeenRows()
 
-    def problem(self, example: Example) -> str | None:
-        """Why the row is to be dropped, or None."""
-        reason = content_problem(example, self.config)
-        if reason is not None:
-            return reason
-        if self.held_out_prompts and normalize_prompt(example.instruction) in self.held_out_prompts:
-            return HELD_OUT
+    def clean(self, batch: list[Example], report: StratumCleaning) -> list[Example]:
+        """The rows to keep, as they are to be written; the others go into `report`."""
+        kept: list[tuple[Example, collections.Counter[str]]] = []
+        for example in batch:
+            changed: collections.Counter[str] = collections.Counter()
+            result = tidy(example, self.config, changed)
+            if isinstance(result, str):
+                report.drop(result, example)
+            elif self._is_held_out(result):
+                report.drop(HELD_OUT, example)
+            else:
+                kept.append((result, changed))
         if self.config.drop_duplicates:
-            digest = hashlib.blake2b(repr(tuple(example)).encode(), digest_size=16).digest()
-            if digest in self._seen:
-                return "exact duplicate"
-            self._seen.add(digest)
-        return None
+            new = self._seen.add([repr(tuple(row)) for row, _ in kept])
+            for (row, _), is_new in zip(kept, new, strict=True):
+                if not is_new:
+                    report.drop(DUPLICATE, row)
+            kept = [item for item, is_new in zip(kept, new, strict=True) if is_new]
+        for _, changed in kept:
+            for what in changed:
+                report.changed[what] = report.changed.get(what, 0) + 1
+        report.kept += len(kept)
+        return [row for row, _ in kept]
+
+    def _is_held_out(self, row: Example) -> bool:
+        prompts = self.held_out_prompts
+        return bool(prompts) and normalize_prompt(row.instruction) in prompts
+
+
+def tidy(
+    example: Example, config: CleaningConfig, changed: collections.Counter[str] | None = None
+) -> Example | str:
+    """The row as it is to be written, or why it is to be dropped, seen by itself."""
+    result = apply_rules(example, config, collections.Counter() if changed is None else changed)
+    return result if isinstance(result, str) else content_problem(result, config) or result
 
 
 def content_problem(example: Example, config: CleaningConfig) -> str | None:
@@ -169,17 +196,15 @@ def clean(
             name = f"{stratum.name}.{config.format}"
             with _writer(temporary / name) as writer:
                 for batch in stratum.batches:
-                    kept = []
-                    for example in batch:
-                        reason = cleaner.problem(example)
-                        if reason is None:
-                            kept.append(example)
-                        else:
-                            report.drop(reason, example)
-                    report.kept += len(kept)
-                    writer.write(kept)
+                    writer.write(cleaner.clean(batch, report))
             report.unreadable = stratum.problems.to_mapping()
-            if not report.kept:
+        files = {
+            f"{name}.{config.format}": report for name, report in reports.items() if report.kept
+        }
+        if config.near_duplicates is not None:
+            _drop_near_duplicates(temporary, files, config.near_duplicates)
+        for name in (f"{stratum}.{config.format}" for stratum in reports):
+            if name not in files or not files[name].kept:
                 (temporary / name).unlink()
             elif (out / name).is_file() and filecmp.cmp(out / name, temporary / name, False):
                 before = (out / name).stat()
@@ -189,6 +214,45 @@ def clean(
             raise DataError(f"no row is left after cleaning; dropped: {total.dropped}")
         write_json(temporary / REPORT_FILE, total.to_mapping())
     return total
+
+
+def _drop_near_duplicates(
+    folder: Path, files: dict[str, StratumCleaning], threshold: float
+) -> None:
+    """Write the files anew that hold rows like others; which one stays is no matter of order."""
+
+    def batches(name: str) -> Iterator[list[Example]]:
+        return read_batches(folder / name, RowProblems(strict=True))
+
+    drop = near_duplicates(
+        (
+            ([f"{row.instruction}\n{row.response}" for row in batch], [repr(row) for row in batch])
+            for name in files
+            for batch in batches(name)
+        ),
+        threshold,
+        folder,
+    )
+    at = 0
+    for name, report in files.items():
+        which = drop[at : at + report.kept]
+        at += len(which)
+        if not which.any():
+            continue
+        number = 0
+        with _writer(folder / f".fewer.{name}") as writer:
+            for batch in batches(name):
+                kept = []
+                for row in batch:
+                    if which[number]:
+                        report.drop(NEAR_DUPLICATE, row)
+                    else:
+                        kept.append(row)
+                    number += 1
+                writer.write(kept)
+        assert number == len(which), f"{name} has {number} rows, {len(which)} were written"
+        report.kept -= int(which.sum())
+        (folder / f".fewer.{name}").replace(folder / name)
 
 
 class _Writer(Protocol):

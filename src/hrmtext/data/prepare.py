@@ -17,7 +17,7 @@ from typing import Any
 from hrmtext.config.base import dump_yaml, to_mapping
 from hrmtext.config.data import CleaningConfig, DataConfig, LocalSourceConfig
 from hrmtext.data import clean as cleaning
-from hrmtext.data.clean import SourceStratum, clean, content_problem
+from hrmtext.data.clean import SourceStratum, clean, tidy
 from hrmtext.data.example import Example, HeldOutRow, normalize_prompt
 from hrmtext.data.format import REPORT_FILE, read_json
 from hrmtext.data.heldout import write_held_out
@@ -210,8 +210,9 @@ def _choose_held_out(
     chosen: dict[str, Example] = {}
     heap: list[tuple[int, str]] = []
     for batch in read_batches(path, RowProblems(strict=source.strict)):
-        for example in batch:
-            if content_problem(example, config) is not None:
+        for raw in batch:
+            example = tidy(raw, config)
+            if isinstance(example, str):
                 continue
             prompt = normalize_prompt(example.instruction)
             if prompt in chosen:
