@@ -3,7 +3,7 @@
 The same step of the quickstart's shape, in turn: without guard, with it, and with telemetry in
 every step; the last is divided by `telemetry_every` for its share on average.
 
-    python benchmarks/guard_cost.py [--rounds 40] [--preset micro] [--batch-tokens 4096]
+    python benchmarks/guard_cost.py [--rounds 20] [--preset micro] [--batch-tokens 4096]
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def side(preset: str, tokens: int, device: torch.device, **changes: object) -> C
         step.run(batch, depth=depth, lr=1e-5, step=done[0])
         done[0] += 1
 
-    for _ in range(25):  # until the guard judges
+    for _ in range(22):  # until the guard judges
         run()
     return run
 
@@ -59,9 +59,9 @@ def side(preset: str, tokens: int, device: torch.device, **changes: object) -> C
 def main() -> None:
     """Measure and write results/guard_cost-<device>.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=40)
+    parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--preset", default="micro")
-    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--batch-tokens", type=int, default=2096)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     device = pick_device(arguments.device)

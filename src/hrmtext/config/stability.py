@@ -16,8 +16,9 @@ class StabilityLimits:
     """Steps that must have been seen, at the same depth, before anything is judged."""
     sigmas: float = 8.0
     """Bounds are at least so many robust standard deviations away from the running median."""
-    damp_factor: float = 8.0
-    """A module's gradient is never scaled down while below so many times its median norm."""
+    damp_factor: float = 30.0
+    """A module's gradient is never scaled down while below so many times its median norm; in small
+    batches of a healthy run a single module was seen at nine times."""
     skip_factor: float = 100.0
     """A step is never left out for its gradient while that is below so many times its median."""
     loss_rise: float = 0.7

@@ -13,7 +13,7 @@ Records = list[dict[str, Any]]
 MAX_ACTIONS = 30
 
 CALLS = (
-    ("lens_kl", "Logit lens: distance of each call's prediction from the final one", "nats"),
+    ("lens_kl", "Logit lens: distance from the final prediction", "nats"),
     ("change", "Change of the state since the stack's call before", "of its norm"),
     ("gradient_norm", "Gradient norm by the output of each call", ""),
     ("state_rms", "State before the exit norm, root mean square", ""),
