@@ -6,7 +6,7 @@ import html
 import math
 from collections.abc import Mapping, Sequence
 
-from hrmtext.train.chart import WIDTH, number
+from hrmtext.runtime.chart import WIDTH, number
 
 LEFT, RIGHT, TOP, BOTTOM = 112, 10, 4, 34
 ROW = 22

@@ -9,8 +9,9 @@ from typing import Any
 
 from hrmtext.artifacts.layout import RunFolder
 from hrmtext.errors import CheckpointError
+from hrmtext.runtime.chart import Series, chart, smooth
 from hrmtext.runtime.io import write_text
-from hrmtext.train.chart import Series, chart, smooth
+from hrmtext.runtime.page import facts_boxes, page, table
 from hrmtext.train.metrics import read_metrics
 from hrmtext.train.progress import format_time
 from hrmtext.train.report_watch import (
@@ -19,35 +20,6 @@ from hrmtext.train.report_watch import (
     stability_marks,
     stability_section,
 )
-
-STYLE = """
-:root { --back:#fff; --ink:#1c2024; --dim:#68707a; --line:#e3e6ea; --card:#f7f8fa;
-  --c0:#2563eb; --c1:#d9480f; --c2:#2b8a3e; --c3:#862e9c; --c4:#b08800; --c5:#0b7285; }
-@media (prefers-color-scheme: dark) { :root { --back:#14171a; --ink:#e6e8ea; --dim:#98a1ab;
-  --line:#2c3238; --card:#1b1f23; --c0:#74a5ff; --c1:#ff922b; --c2:#69db7c; --c3:#da77f2;
-  --c4:#ffd43b; --c5:#3bc9db; } }
-body { background:var(--back); color:var(--ink); margin:0 auto; max-width:1120px; padding:24px;
-  font:15px/1.5 system-ui, sans-serif; }
-h1 { font-size:24px; margin:0; } h2 { font-size:17px; margin:28px 0 8px; }
-.dim { color:var(--dim); }
-.facts { display:grid; grid-template-columns:repeat(auto-fill,minmax(190px,1fr)); gap:8px; }
-.facts div, figure { background:var(--card); border:1px solid var(--line); border-radius:8px; }
-.facts div { padding:8px 12px; } .facts b { display:block; font-size:17px; }
-.charts { display:grid; gap:12px;
-  grid-template-columns:repeat(auto-fill,minmax(min(100%,500px),1fr)); }
-figure { margin:0; padding:10px; } figcaption { font-weight:600; padding:0 4px; }
-svg { display:block; width:100%; height:auto; } svg text { fill:var(--dim); font-size:12px; }
-.mark { stroke:var(--c1); stroke-width:1.2; stroke-dasharray:2 3; }
-.key i.marked { height:0; border-top:2px dotted var(--c1); }
-.grid { stroke:var(--line); } .curve { fill:none; stroke-width:1.8; }
-.faint { opacity:.3; stroke-width:1.2; } .dot { stroke:none; }
-.key { margin:2px 4px; font-size:13px; color:var(--dim); } .key span { margin-right:14px; }
-.key i { display:inline-block; width:14px; height:3px; margin-right:5px; vertical-align:middle; }
-table { border-collapse:collapse; width:100%; } th, td { padding:5px 10px; text-align:right;
-  border-bottom:1px solid var(--line); } th:first-child, td:first-child { text-align:left; }
-pre { background:var(--card); border:1px solid var(--line); border-radius:8px; padding:12px;
-  overflow:auto; } .scroll { overflow-x:auto; }
-"""
 
 
 def write_report(run: RunFolder | str | Path) -> Path:
@@ -82,13 +54,7 @@ def write_report(run: RunFolder | str | Path) -> Path:
         f"<h2>Configuration</h2><pre>{html.escape(run.config_file.read_text('utf-8'))}</pre>",
         f"<h2>Versions</h2><pre>{html.escape(json.dumps(versions, indent=2))}</pre>",
     ]
-    title = html.escape(f"{run.path.resolve().name} · hrm-text")
-    page = (
-        "<!doctype html><html lang=en><head><meta charset=utf-8>"
-        '<meta name=viewport content="width=device-width, initial-scale=1">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body>{''.join(parts)}</body></html>\n"
-    )
-    write_text(run.report_file, page)
+    write_text(run.report_file, page(f"{run.path.resolve().name} · hrm-text", parts))
     return run.report_file
 
 
@@ -127,8 +93,7 @@ def _facts(training: list[dict[str, Any]], validations: list[dict[str, Any]]) ->
             value = last[key]
             facts.append((f"validation loss, {name}", f"{value['loss']:.4f}"))
             facts.append((f"answers right, {name}", f"{100 * value['exact_answer']:.1f} %"))
-    boxes = "".join(f"<div><span class=dim>{n}</span><b>{v}</b></div>" for n, v in facts)
-    return f"<div class=facts>{boxes}</div>" if facts else "<p>No steps yet.</p>"
+    return facts_boxes(facts) if facts else "<p>No steps yet.</p>"
 
 
 def _checkpoints(run: RunFolder) -> str:
@@ -144,7 +109,7 @@ def _checkpoints(run: RunFolder) -> str:
         step = f"step {run.step_of(path):,}"
         loss = f"{losses[path]:.4f}" if path in losses else "not validated"
         rows.append([", ".join([*names, step]), loss])
-    return f"<h2>Checkpoints</h2>{_table(['checkpoint', 'validation loss, EMA'], rows)}"
+    return f"<h2>Checkpoints</h2>{table(['checkpoint', 'validation loss, EMA'], rows)}"
 
 
 def _charts(
@@ -216,7 +181,7 @@ def _strata(validations: list[dict[str, Any]]) -> str:
                 f"{100 * value['token_accuracy']:.1f} %", f"{100 * value['exact_answer']:.1f} %",
             ])  # fmt: skip
     heads = ["held-out rows (EMA weights)", "rows", "loss", "tokens right", "answers right"]
-    return f"<h2>Last validation</h2>{_table(heads, rows)}"
+    return f"<h2>Last validation</h2>{table(heads, rows)}"
 
 
 def _evaluation(evaluation: dict[str, Any]) -> str:
@@ -242,15 +207,7 @@ def _evaluation(evaluation: dict[str, Any]) -> str:
         total = f"{sum(family['rows'] for family in families):,}"
         rows.append(["mean of families", f"{100 * means['exact_match']:.1f} %", "", shown, total])
     heads = ["family", "exact match", "95 % interval", "majority answer", "rows"]
-    return f"<h2>Evaluation</h2>{_table(heads, rows)}"
-
-
-def _table(heads: list[str], rows: list[list[str]]) -> str:
-    head = "".join(f"<th>{html.escape(name)}</th>" for name in heads)
-    body = "".join(
-        "<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows
-    )
-    return f"<div class=scroll><table><tr>{head}</tr>{body}</table></div>"
+    return f"<h2>Evaluation</h2>{table(heads, rows)}"
 
 
 def _median(values: list[float]) -> float:

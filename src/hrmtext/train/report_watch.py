@@ -5,7 +5,7 @@ from __future__ import annotations
 import html
 from typing import Any
 
-from hrmtext.train.chart import Mark
+from hrmtext.runtime.chart import Mark
 from hrmtext.train.heat import heat_map
 from hrmtext.train.stability import EASING
 

@@ -12,8 +12,8 @@ from memory_source import MemorySource, random_rows, small_config
 
 from hrmtext.artifacts import RunFolder
 from hrmtext.errors import CheckpointError, ConfigError
+from hrmtext.runtime.chart import Series, chart, number, smooth, ticks
 from hrmtext.train import train_on, write_report
-from hrmtext.train.chart import Series, chart, number, smooth, ticks
 from hrmtext.train.heat import heat_map
 from hrmtext.train.metrics import Interval, MetricsLog, read_metrics, truncate
 from hrmtext.train.progress import TrainingProgress, format_time, summarise

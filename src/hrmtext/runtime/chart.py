@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: axes with ticks, a legend, values on hover."""
+"""Charts as inline SVG, lines and bars: axes with ticks, a legend, values on hover."""
 
 from __future__ import annotations
 
@@ -75,6 +75,55 @@ def chart(
     )
     if marks:
         legend += f"<span><i class=marked></i>{html.escape(marks_name)}</span>"
+    return (
+        f"<figure><figcaption>{html.escape(title)}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
+        f"{''.join(body)}</svg><div class=key>{legend}</div></figure>"
+    )
+
+
+def bars(
+    title: str,
+    unit: str,
+    edges: Sequence[float],
+    heights: Sequence[tuple[str, Sequence[float]]],
+    x_name: str,
+) -> str:
+    """Histograms, their bars side by side; an empty string where all are zero.
+
+    Args:
+        unit: of the vertical axis.
+        edges: (K + 1) ascending, where bars begin and end; drawn equally wide, for edges that grow
+            by a factor.
+        heights: name and (K) values of each histogram.
+        x_name: what the edges count.
+    """
+    high = max((value for _, values in heights for value in values), default=0)
+    if not high > 0:
+        return ""
+    y_ticks = ticks(0, high)
+    x_range, y_range = (0.0, float(len(edges) - 1)), (0.0, y_ticks[-1])
+    body = [_axes([], y_ticks, x_range, y_range, unit, x_name)]
+    stride = -(-len(edges) // 12)
+    for place in range(0, len(edges), stride):
+        x, y = _place(place, 0, x_range, y_range)
+        body.append(f'<text x="{x}" y={y + 17} text-anchor=middle>{number(edges[place])}</text>')
+    width = 0.84 / len(heights)
+    for color, (name, values) in enumerate(heights):
+        for place, value in enumerate(values):
+            start = place + 0.08 + width * color
+            left, base = _place(start, 0, x_range, y_range)
+            right, top = _place(start + width, value, x_range, y_range)
+            body.append(
+                f'<rect class=bar x="{left}" y="{top}" width="{right - left:.1f}" '
+                f'height="{base - top:.1f}" style="fill:var(--c{color % NUM_COLORS})"><title>'
+                f"{html.escape(name)}: {number(value)} at {edges[place]:,.0f} to "
+                f"{edges[place + 1]:,.0f}</title></rect>"
+            )
+    legend = "".join(
+        f'<span><i style="background:var(--c{color % NUM_COLORS})"></i>{html.escape(name)}</span>'
+        for color, (name, _) in enumerate(heights)
+    )
     return (
         f"<figure><figcaption>{html.escape(title)}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
