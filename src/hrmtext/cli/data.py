@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from hrmtext.data.prepare import PreparedData
+    from hrmtext.data.sources.source import Source
 
 
 def overview() -> int:
@@ -155,6 +156,56 @@ def inspect(folder: Annotated[Path, tyro.conf.Positional], /) -> int:
     return 0
 
 
+def sources(name: Annotated[str | None, tyro.conf.Positional] = None, /) -> int:
+    """List the public sources: where from, licence, conditions, rule of sampling.
+
+    Args:
+        name: show one source in full, its cleaning rule too.
+    """
+    from rich.console import Console
+    from rich.table import Column, Table
+
+    from hrmtext.data.sources.recipe.catalog import SOURCES, find_source
+
+    console = Console(highlight=False)
+    if name is not None:
+        _print_source(console, find_source(name))
+        return 0
+    table = Table(
+        Column("name", no_wrap=True), Column("from", overflow="fold"), "licence", "conditions",
+        "rows an epoch",
+    )  # fmt: skip
+    for source in SOURCES.values():
+        conditions = " | ".join(condition or "none" for condition in source.conditions)
+        table.add_row(
+            source.name, source.hub or "files", source.licence, conditions, source.sampling
+        )
+    console.print(table)
+    return 0
+
+
+def _print_source(console: Console, source: Source) -> None:
+    import inspect as introspect
+
+    rows = {
+        "name": source.name,
+        "from": f"{source.hub} on the Hub" if source.hub else source.where,
+        "parts": ", ".join(
+            "/".join(filter(None, (part.config, part.split or "all splits", part.name)))
+            for part in source.parts
+        ),
+        "files": ", ".join(pattern for part in source.parts for pattern in part.files),
+        "columns": ", ".join(source.columns),
+        "conditions": " | ".join(condition or "none" for condition in source.conditions),
+        "rows an epoch": source.sampling,
+        "licence": source.licence,
+        "citation": source.citation,
+        "rule": introspect.cleandoc(source.rule.__doc__ or ""),
+    }
+    for key, value in rows.items():
+        console.print(f"{key + ':':<15}{value}", markup=False)
+
+
 def print_prepared(console: Console, prepared: PreparedData) -> None:
     """The tables that tell what `prepare` made, what it dropped, and that nothing is shared."""
     from rich.table import Table
@@ -168,6 +219,8 @@ def print_prepared(console: Console, prepared: PreparedData) -> None:
     console.print(table)
     for name, family in sources.get("reasoning_gym", {}).get("families", {}).items():
         _print_dropped(console, name, family["dropped"])
+    for name, source in sources.get("hub", {}).items():
+        _print_dropped(console, name, source["left_out"] | source["problems"])
     for name, stratum in cleaned["strata"].items():
         _print_dropped(console, name, stratum["dropped"] | stratum["unreadable"])
     for name, dropped in report["tokenized"]["dropped"].items():

@@ -40,6 +40,7 @@ VERBS: dict[str, Callable[..., Any]] = {
 }
 DATA_VERBS: dict[str, Callable[..., Any]] = {
     "prepare": data.prepare,
+    "sources": data.sources,
     "tokenizer": data.tokenizer,
     "tokenize": data.tokenize,
     "sample": data.sample,

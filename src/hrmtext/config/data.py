@@ -37,6 +37,36 @@ class LocalSourceConfig:
 
 
 @config_class
+class HubSourceConfig:
+    """A public source by name, its rows taken by the recipe's rule; `hrm-text data sources`."""
+
+    source: str
+    """Name in the list of `hrm-text data sources`."""
+    path: str | None = None
+    """A copy of the source's files (folder, archive, file or Hub cache); None: read the Hub."""
+    files: tuple[str, ...] = ()
+    """Files of the source, in place of `path` or beside it."""
+    revision: str | None = None
+    """Commit, tag or branch of the Hub's data set; None: its main branch."""
+    limit: int | None = None
+    """Raw rows to read, spread evenly over the source's files or configs; None: all."""
+    eval_size: int = 0
+    """Prompts of each stratum held out of training, chosen by a hash of the prompt."""
+    strict: bool = False
+    """Stop at the first malformed row instead of counting it."""
+
+    def __post_init__(self) -> None:
+        _at_least(f"hub source {self.source!r}: eval_size", self.eval_size, 0)
+        if self.limit is not None:
+            _at_least(f"hub source {self.source!r}: limit", self.limit, 1)
+        if self.revision is not None and (self.path is not None or self.files):
+            raise ConfigError(
+                f"hub source {self.source!r} states a revision and files; the revision is of the "
+                "Hub. Leave one out"
+            )
+
+
+@config_class
 class FamilyConfig:
     """One reasoning-gym family."""
 
@@ -315,6 +345,8 @@ class DataConfig:
 
     local: tuple[LocalSourceConfig, ...] = ()
     """Local files."""
+    hub: tuple[HubSourceConfig, ...] = ()
+    """Public sources, from the Hub or from copies of their files."""
     reasoning_gym: ReasoningGymConfig | None = None
     """Generated reasoning problems."""
     cleaning: CleaningConfig = CleaningConfig()
@@ -325,5 +357,9 @@ class DataConfig:
     """Which rows make up an epoch."""
 
     def __post_init__(self) -> None:
-        if not self.local and self.reasoning_gym is None:
-            raise ConfigError("the data config names no source; set local or reasoning_gym")
+        if not self.local and not self.hub and self.reasoning_gym is None:
+            raise ConfigError("the data config names no source; set local, hub or reasoning_gym")
+        names = [source.source for source in self.hub]
+        for name in names:
+            if names.count(name) > 1:
+                raise ConfigError(f"hub lists {name!r} twice; give it several `files` instead")

@@ -1,7 +1,8 @@
 """From a data config to folders ready for training; a stage whose inputs are unchanged is skipped.
 
-Layout of the result: `clean/`, `heldout/` (with `heldout/tokenized/`), `tokenizer/`, `tokenized/`,
-`sampled/`, `data.yaml` (the resolved config) and `report.json`.
+Layout of the result: `sources/` (of public sources), `clean/`, `heldout/` (with
+`heldout/tokenized/`), `tokenizer/`, `tokenized/`, `sampled/`, `data.yaml` (the resolved config) and
+`report.json`.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hrmtext.config.base import dump_yaml, to_mapping
-from hrmtext.config.data import CleaningConfig, DataConfig, LocalSourceConfig
+from hrmtext.config.data import CleaningConfig, DataConfig, HubSourceConfig, LocalSourceConfig
 from hrmtext.data import clean as cleaning
 from hrmtext.data.clean import SourceStratum, clean, tidy
 from hrmtext.data.example import Example, HeldOutRow, normalize_prompt
@@ -23,6 +24,7 @@ from hrmtext.data.format import REPORT_FILE, read_json
 from hrmtext.data.heldout import write_held_out
 from hrmtext.data.sample import sample
 from hrmtext.data.sources import reasoning_gym
+from hrmtext.data.sources.collect import collect, collect_inputs
 from hrmtext.data.sources.local import RowProblems, find_files, read_batches, stratum_label
 from hrmtext.data.tokenize import tokenize_files
 from hrmtext.data.tokenizer import PromptTokenizer, train_tokenizer
@@ -44,6 +46,11 @@ class PreparedData:
     """Stages that were up to date."""
     report: dict[str, Any]
     """Reports of all stages by name; also `report.json` in the folder."""
+
+    @property
+    def sources(self) -> Path:
+        """Examples of the public sources before cleaning, one folder a source."""
+        return self.folder / "sources"
 
     @property
     def clean(self) -> Path:
@@ -153,6 +160,11 @@ def _run_sources(
         generated, held_out = data.train, dict(data.held_out)
         source_report["reasoning_gym"] = data.report.to_mapping()
     local = list(_local_files(config.local))
+    for source in config.hub:
+        folder = done.sources / source.source
+        report = collect(source, folder, progress)
+        source_report.setdefault("hub", {})[source.source] = report
+        local += [(source, stratum_label(n), path) for n, path in find_files(folder).items()]
     for number, (source, name, path) in enumerate(local):
         if source.eval_size:
             rows = _choose_held_out(path, name, source, config.cleaning)
@@ -201,7 +213,7 @@ def _local_files(sources: Iterable[LocalSourceConfig]) -> Iterator[tuple[Any, st
 
 
 def _choose_held_out(
-    path: Path, name: str, source: LocalSourceConfig, config: CleaningConfig
+    path: Path, name: str, source: LocalSourceConfig | HubSourceConfig, config: CleaningConfig
 ) -> list[HeldOutRow]:
     """The first row of each of the `eval_size` prompts with the smallest hashes.
 
@@ -292,6 +304,7 @@ def _source_fingerprint(config: DataConfig) -> str:
     for source, name, path in _local_files(config.local):
         stat = path.stat()
         parts.append([to_mapping(source), name, stat.st_size, stat.st_mtime_ns])
+    parts += [[collect_inputs(source), source.eval_size] for source in config.hub]
     if config.reasoning_gym is not None:
         reasoning_gym.family_names()  # says what to install where it is missing
         mix = to_mapping(config.reasoning_gym)
