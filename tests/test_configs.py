@@ -11,6 +11,7 @@ from hrmtext.config.base import build, load, read_yaml, to_mapping
 from hrmtext.config.data import DataConfig
 from hrmtext.config.model import ARCHITECTURES, PRESETS, ModelConfig, preset
 from hrmtext.config.train import TrainConfig
+from hrmtext.data.sources.recipe.catalog import RECIPE
 from hrmtext.errors import ConfigError
 from hrmtext.model import empty_model
 from hrmtext.model.flops import count_parameters
@@ -35,6 +36,34 @@ def test_a_recipe_parses_and_comes_back_equal(path):
     kind = kind_of(path)
     config = load(kind, path)
     assert build(kind, to_mapping(config), where="again") == config
+
+
+def rule_of(config: DataConfig, stratum: str) -> tuple[int | None, int]:
+    for rule in config.sampling.rules:
+        if stratum.startswith(rule.prefix):
+            return rule.max_rows, rule.repeat
+    return None, 1
+
+
+def test_the_published_mixture_names_every_source_with_its_cap_and_repeat():
+    config = load(DataConfig, CONFIGS / "data" / "paper.yaml")
+    assert [source.source for source in config.hub] == [source.name for source in RECIPE]
+    for source in RECIPE:
+        name = source.name if source.stratum is None else f"{source.name}__x"
+        assert rule_of(config, name) == (source.max_rows, source.repeat), source.name
+    assert rule_of(config, "flan__cot_fsopt_data__gsm8k") == (None, 1)
+    assert rule_of(config, "flan__niv2_fsopt_data__task1") == (5_000, 1)
+    for source, entry in zip(RECIPE, config.hub, strict=True):
+        assert (entry.path is not None) == (source.hub is None), source.name
+    assert (config.sampling.epochs, config.sampling.max_seq_len) == (4, 4_096)
+
+
+def test_the_mini_mixture_reads_a_little_of_every_source():
+    config = load(DataConfig, CONFIGS / "data" / "mini.yaml")
+    assert [source.source for source in config.hub] == [source.name for source in RECIPE]
+    assert all(source.limit is not None for source in config.hub)
+    for source in RECIPE:
+        assert rule_of(config, f"{source.name}__x") == (None, source.repeat), source.name
 
 
 @pytest.mark.parametrize("path", sorted((CONFIGS / "train").glob("*.yaml")), ids=lambda p: p.stem)
