@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +20,17 @@ from hrmtext.errors import DataError
 
 IGNORE = -100
 """Label of a token that bears no loss."""
+
+
+class TokenTurn(NamedTuple):
+    """One turn of a row: what is asked, and the answer."""
+
+    prompt: Sequence[int]
+    """Ends with its end token."""
+    response: Sequence[int]
+    """Ends with its own end token, unless it was cut."""
+    supervised: bool = True
+    """Whether the answer bears loss."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -50,25 +62,62 @@ class RowLayout:
             DataError: a prefix longer than its row, an empty row, or more tokens than T.
         """
         lengths, prefix_lengths = tuple(map(int, lengths)), tuple(map(int, prefix_lengths))
-        used = sum(lengths)
-        num_tokens = used if num_tokens is None else num_tokens
         if len(lengths) != len(prefix_lengths):
             raise DataError(f"{len(lengths)} row lengths but {len(prefix_lengths)} prefix lengths")
-        if not lengths:
-            raise DataError("a batch needs at least one row, got none")
-        if used > num_tokens:
-            raise DataError(f"rows have {used} tokens, but the stream only {num_tokens}")
         for row, (length, prefix) in enumerate(zip(lengths, prefix_lengths, strict=True)):
             if length < 1 or not 0 <= prefix <= length:
                 raise DataError(
                     f"row {row}: length {length} and prefix length {prefix}; expected "
                     "1 <= length and 0 <= prefix <= length"
                 )
+        return cls.from_blocks(lengths, [[(0, prefix)] for prefix in prefix_lengths], num_tokens)
+
+    @classmethod
+    def from_blocks(
+        cls,
+        lengths: Sequence[int],
+        blocks: Sequence[Sequence[tuple[int, int]]],
+        num_tokens: int | None = None,
+    ) -> RowLayout:
+        """Rows with any number of bidirectional blocks, as chat rows have one for each prompt.
+
+        Every token of a block sees all tokens before the block's end; all others see up to
+        themselves. What is before a block never sees into it, so a KV cache only ever grows.
+
+        Args:
+            lengths: (R) tokens of each row.
+            blocks: for each row (start, end) of its blocks in order, counted from the row's start.
+            num_tokens: T, where the stream is padded; default: no padding.
+
+        Raises:
+            DataError: blocks that overlap or leave their row, an empty row, more tokens than T.
+        """
+        lengths = tuple(map(int, lengths))
+        used = sum(lengths)
+        num_tokens = used if num_tokens is None else num_tokens
+        if len(lengths) != len(blocks):
+            raise DataError(f"{len(lengths)} row lengths but blocks of {len(blocks)} rows")
+        if not lengths:
+            raise DataError("a batch needs at least one row, got none")
+        if used > num_tokens:
+            raise DataError(f"rows have {used} tokens, but the stream only {num_tokens}")
         visible_end = torch.zeros(num_tokens, dtype=torch.int64)
-        row_of = torch.repeat_interleave(torch.arange(len(lengths)), torch.tensor(lengths))
-        starts = torch.tensor((0, *lengths)).cumsum(0)[:-1]
-        position = torch.arange(used) - starts[row_of]
-        visible_end[:used] = torch.maximum(position + 1, torch.tensor(prefix_lengths)[row_of])
+        at = 0
+        for row, (length, of_row) in enumerate(zip(lengths, blocks, strict=True)):
+            if length < 1:
+                raise DataError(f"row {row} has {length} tokens, expected at least one")
+            ends = visible_end[at : at + length]
+            ends.copy_(torch.arange(1, length + 1))
+            before = 0
+            for start, end in of_row:
+                if not before <= start <= end <= length:
+                    raise DataError(
+                        f"row {row}: blocks {list(of_row)} in {length} tokens; expected each to "
+                        "start where the one before has ended or later, and to end in the row"
+                    )
+                ends[start:end] = end
+                before = end
+            at += length
         return cls(num_tokens=num_tokens, lengths=lengths, visible_end=visible_end)
 
     @property
@@ -123,20 +172,58 @@ class PackedBatch:
         Raises:
             DataError: an empty prompt or response, or more tokens than `num_tokens`.
         """
+        return cls.from_turns(
+            [[TokenTurn(prompt, response)] for prompt, response in rows],
+            num_tokens=num_tokens,
+            pad_token=pad_token,
+            prefix_lm=prefix_lm,
+            row_ids=row_ids,
+        )
+
+    @classmethod
+    def from_turns(
+        cls,
+        rows: Sequence[Sequence[TokenTurn]],
+        *,
+        num_tokens: int | None = None,
+        pad_token: int = 0,
+        prefix_lm: bool = True,
+        row_ids: Sequence[int] = (),
+    ) -> PackedBatch:
+        """Pack rows of one or several turns; the slow oracle of `hrmtext.data.collate`.
+
+        Each prompt is one bidirectional block that sees all before it too. The responses of
+        supervised turns bear loss, their first token at the prompt's last place; nothing predicts
+        the start of a further prompt. Arguments as for `from_rows`.
+
+        Raises:
+            DataError: a row without turns, an empty prompt or response, or more tokens than
+                `num_tokens`.
+        """
         tokens: list[int] = []
         labels: list[int] = []
-        lengths, prefixes = [], []
-        for index, (prompt, response) in enumerate(rows):
-            if not len(prompt) or not len(response):
-                raise DataError(
-                    f"row {index}: {len(prompt)} prompt and {len(response)} response tokens; "
-                    "expected at least one of each"
-                )
-            tokens += [*prompt, *response[:-1]]
-            labels += [IGNORE] * (len(prompt) - 1) + list(response)
-            lengths.append(len(prompt) + len(response) - 1)
-            prefixes.append(len(prompt) if prefix_lm else 0)
-        layout = RowLayout.from_prefixes(lengths, prefixes, num_tokens)
+        lengths, blocks = [], []
+        for index, turns in enumerate(rows):
+            row: list[int] = []
+            targets: list[int] = []
+            of_row = []
+            for prompt, response, supervised in turns:
+                if not len(prompt) or not len(response):
+                    raise DataError(
+                        f"row {index}: {len(prompt)} prompt and {len(response)} response tokens; "
+                        "expected at least one of each"
+                    )
+                of_row.append((len(row), len(row) + len(prompt)))
+                row += [*prompt, *response]
+                targets += [IGNORE] * len(prompt)
+                targets += list(response) if supervised else [IGNORE] * len(response)
+            if not row:
+                raise DataError(f"row {index} has no turns")
+            tokens += row[:-1]
+            labels += targets[1:]
+            lengths.append(len(row) - 1)
+            blocks.append(of_row if prefix_lm else [])
+        layout = RowLayout.from_blocks(lengths, blocks, num_tokens)
         padding = layout.num_padding
         positions = [torch.arange(length) for length in lengths] + [torch.arange(padding)]
         return cls(

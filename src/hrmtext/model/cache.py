@@ -74,6 +74,24 @@ class KVCache:
             )
         return PrefillPlan(self, layout, plan)
 
+    def extend(self, layout: RowLayout) -> ExtendPlan:
+        """A plan for several further tokens of every row, such as a conversation's next prompt.
+
+        The tokens see all that their row holds, and one another as `layout` says, whose positions
+        count from the first new token. Call `commit` after the pass.
+        """
+        held = self.lengths.tolist()
+        if len(layout.lengths) != self.num_rows:
+            raise DataError(
+                f"{len(layout.lengths)} rows do not fit a cache of {self.num_rows} rows"
+            )
+        longest = max(have + more for have, more in zip(held, layout.lengths, strict=True))
+        if longest > self.capacity:
+            raise DataError(
+                f"the cache would hold {longest} tokens a row, but has room for {self.capacity}"
+            )
+        return ExtendPlan(self, layout, held)
+
     def decode(self) -> DecodePlan:
         """A plan for one further token of every row. Call `commit` after the pass."""
         self.require_room()
@@ -136,6 +154,57 @@ class PrefillPlan:
         """Count the stored tokens; once, after the forward pass."""
         self.cache.lengths = self.lengths.clone()
         self.cache.longest = self.longest
+
+
+class ExtendPlan:
+    """Several new tokens a row over what the row holds and over one another.
+
+    One call of torch's attention for each row: rows differ in both lengths.
+    """
+
+    def __init__(self, cache: KVCache, layout: RowLayout, held: list[int]) -> None:
+        """`held`: tokens that each row has in the cache."""
+        self.cache = cache
+        self.used = sum(layout.lengths)
+        self.num_tokens = layout.num_tokens
+        device = cache.device
+        self.spans: list[tuple[int, int, int, int, torch.Tensor]] = []
+        """Of each row: number, first new token in the stream, tokens held, held and new, mask."""
+        positions = []
+        for row, (start, length, have) in enumerate(
+            zip(layout.starts(), layout.lengths, held, strict=True)
+        ):
+            ends = have + layout.visible_end[start : start + length]  # (S)
+            seen = torch.arange(have + length) < ends[:, None]  # (S, W)
+            mask = torch.zeros(seen.shape, dtype=cache.keys[0].dtype)
+            mask = mask.masked_fill_(~seen, float("-inf")).to(device)
+            self.spans.append((row, start, have, have + length, mask))
+            positions.append(torch.arange(have, have + length))
+        positions.append(torch.arange(layout.num_padding))
+        self.positions = torch.cat(positions).to(device)  # (T)
+        self.lengths = torch.tensor([end for _, _, _, end, _ in self.spans], device=device)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot: int) -> torch.Tensor:
+        """(T, N, K) each -> (T, N, K), zeros behind the last row."""
+        keys, values = self.cache.keys[slot], self.cache.values[slot]  # (B, N, C, K)
+        out = torch.zeros_like(q)
+        for row, start, have, end, mask in self.spans:
+            new = slice(start, start + end - have)
+            keys[row, :, have:end] = k[new].transpose(0, 1).to(keys.dtype)
+            values[row, :, have:end] = v[new].transpose(0, 1).to(values.dtype)
+            attended = F.scaled_dot_product_attention(
+                q[new].transpose(0, 1)[None].to(keys.dtype),  # (1, N, S, K)
+                keys[row : row + 1, :, :end],
+                values[row : row + 1, :, :end],
+                attn_mask=mask,
+            )
+            out[new] = attended[0].transpose(0, 1).to(out.dtype)
+        return out
+
+    def commit(self) -> None:
+        """Count the stored tokens; once, after the forward pass."""
+        self.cache.lengths = self.lengths.clone()
+        self.cache.longest = int(self.lengths.max())
 
 
 class DecodePlan:

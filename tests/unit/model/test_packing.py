@@ -1,7 +1,5 @@
 """Rows of one stream do not know of each other, and the mask is the prefix mask."""
 
-import dataclasses
-
 import pytest
 import torch
 from model_helpers import gradients, model_in, random_rows, run, run_layout
@@ -106,21 +104,11 @@ def test_padding_behind_the_rows_changes_nothing(backend):
         torch.testing.assert_close(grad, found[1][1][name], **TOLERANCE)
 
 
-def chat_layout(lengths, blocks):
-    """Rows with several bidirectional blocks: [start, end) pairs for each row."""
-    base = RowLayout.from_prefixes(lengths, [0] * len(lengths))
-    ends = base.visible_end.clone()
-    for start, row_blocks in zip(base.starts(), blocks, strict=True):
-        for first, last in row_blocks:
-            ends[start + first : start + last] = last
-    return dataclasses.replace(base, visible_end=ends)
-
-
 LENGTHS, BLOCKS = [14, 5, 9], [[(0, 4), (9, 12)], [(0, 5)], [(2, 6)]]
 
 
 def test_the_dense_mask_is_the_rule_of_the_project():
-    layout = chat_layout(LENGTHS, BLOCKS)
+    layout = RowLayout.from_blocks(LENGTHS, BLOCKS)
     mask = dense_mask(layout)
     owner = [(row, j) for row, length in enumerate(LENGTHS) for j in range(length)]
     for i, (row_i, at_i) in enumerate(owner):
@@ -133,7 +121,7 @@ def test_the_dense_mask_is_the_rule_of_the_project():
 def test_a_chat_row_sees_each_user_turn_whole_and_nothing_later(backend):
     model = model_in()
     row = list(range(20, 34))
-    layout = chat_layout([14], [[(0, 4), (9, 12)]])
+    layout = RowLayout.from_blocks([14], [[(0, 4), (9, 12)]])
     before = run_layout(model, [row], layout, backend=backend).logits
     for at, first_moved in ((3, 0), (6, 6), (11, 9), (12, 12)):
         changed = [*row[:at], 50, *row[at + 1 :]]
@@ -141,6 +129,28 @@ def test_a_chat_row_sees_each_user_turn_whole_and_nothing_later(backend):
         moved = (after - before).detach().abs().amax(1)
         assert float(moved[first_moved:].min()) > 1e-6
         assert first_moved == 0 or float(moved[:first_moved].max()) <= 1e-12
+
+
+@EACH
+def test_packed_chat_rows_equal_separate_rows_in_outputs_and_gradients(backend):
+    model = model_in()
+    rows = [list(range(3, 3 + length)) for length in LENGTHS]
+    depth = Depth.from_bp_steps(model.config, 5)
+
+    def loss(logits):
+        return logits.log_softmax(-1)[:, 3].sum()
+
+    layout = RowLayout.from_blocks(LENGTHS, BLOCKS)
+    packed = run_layout(model, rows, layout, backend=backend, depth=depth).logits
+    loss(packed).backward()
+    packed_gradients = gradients(model)
+    for row, blocks, part in zip(rows, BLOCKS, by_row(packed, rows), strict=True):
+        layout = RowLayout.from_blocks([len(row)], [blocks])
+        alone = run_layout(model, [row], layout, backend=backend, depth=depth).logits
+        torch.testing.assert_close(part, alone, **TOLERANCE)
+        loss(alone).backward()
+    for name, grad in gradients(model).items():
+        torch.testing.assert_close(packed_gradients[name], grad, **TOLERANCE)
 
 
 def error_budget(dtype, layout, rows, depth):
@@ -166,7 +176,7 @@ def error_budget(dtype, layout, rows, depth):
 def test_sdpa_is_as_close_to_fp64_as_the_reference(dtype, shape):
     rows = [list(range(n)) for n in LENGTHS]
     layout = (
-        chat_layout(LENGTHS, BLOCKS)
+        RowLayout.from_blocks(LENGTHS, BLOCKS)
         if shape == "chat"
         else RowLayout.from_prefixes(LENGTHS, [6, 0, 9])
     )
