@@ -21,7 +21,11 @@ def _at_least(name: str, value: int, minimum: int) -> None:
 
 @config_class
 class LocalSourceConfig:
-    """JSONL or Parquet files with columns `instruction`, `response` and optionally `condition`."""
+    """JSONL or Parquet files of instruction/response pairs or of conversations, seen row by row.
+
+    Pairs: `instruction`, `response`; conversations: `messages` (OpenAI) or `conversations`
+    (ShareGPT); both optionally with `condition`.
+    """
 
     path: str
     """A file, or a folder searched for .jsonl and .parquet files at any depth."""

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 from hrmtext.config.data import CleaningConfig
 from hrmtext.data.dedup import SeenRows, near_duplicates
-from hrmtext.data.example import COLUMNS, Example, normalize_prompt
+from hrmtext.data.example import COLUMNS, HISTORY, Example, example_keys
 from hrmtext.data.format import REPORT_FILE
 from hrmtext.data.rules import apply_rules
 from hrmtext.data.sources.local import RowProblems, check_text, plain_condition, read_batches
@@ -50,8 +50,14 @@ class StratumCleaning:
         self.dropped[reason] = self.dropped.get(reason, 0) + 1
         samples = self.samples.setdefault(reason, [])
         if len(samples) < SAMPLES_KEPT:
-            cut = [value[:SAMPLE_CHARS].encode(errors="replace").decode() for value in example]
-            samples.append(dict(zip(COLUMNS, cut, strict=True)))
+            row = example.to_mapping()
+            if example.history:
+                row[HISTORY] = _history_text(example)
+            cut = {
+                name: value[:SAMPLE_CHARS].encode(errors="replace").decode()
+                for name, value in row.items()
+            }
+            samples.append(cut)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +105,7 @@ class Cleaner:
     def __init__(
         self, config: CleaningConfig, held_out_prompts: frozenset[str] = frozenset()
     ) -> None:
-        """`held_out_prompts` are in the form of `normalize_prompt`."""
+        """`held_out_prompts` are in the form of `prompt_keys`."""
         self.config = config
         self.held_out_prompts = held_out_prompts
         self._seen = SeenRows()
@@ -130,7 +136,7 @@ class Cleaner:
 
     def _is_held_out(self, row: Example) -> bool:
         prompts = self.held_out_prompts
-        return bool(prompts) and normalize_prompt(row.instruction) in prompts
+        return bool(prompts) and not prompts.isdisjoint(example_keys(row))
 
 
 def tidy(
@@ -148,16 +154,17 @@ def content_problem(example: Example, config: CleaningConfig) -> str | None:
     checked = check_text(example)
     if isinstance(checked, str):
         return checked
-    if not example.instruction or example.instruction.isspace():
-        return "empty instruction"
-    if len(example.instruction) > config.max_instruction_chars:
-        return "instruction too long"
-    if len(example.response) > config.max_response_chars:
-        return "response too long"
-    if config.drop_control_characters and (
-        CONTROL.search(example.instruction) or CONTROL.search(example.response)
-    ):
-        return "control character"
+    for instruction, response, _ in example.turns():
+        if not instruction or instruction.isspace():
+            return "empty instruction"
+        if len(instruction) > config.max_instruction_chars:
+            return "instruction too long"
+        if len(response) > config.max_response_chars:
+            return "response too long"
+        if config.drop_control_characters and (
+            CONTROL.search(instruction) or CONTROL.search(response)
+        ):
+            return "control character"
     return None
 
 
@@ -226,7 +233,7 @@ def _drop_near_duplicates(
 
     drop = near_duplicates(
         (
-            ([f"{row.instruction}\n{row.response}" for row in batch], [repr(row) for row in batch])
+            ([_text(row) for row in batch], [repr(row) for row in batch])
             for name in files
             for batch in batches(name)
         ),
@@ -255,6 +262,10 @@ def _drop_near_duplicates(
         (folder / f".fewer.{name}").replace(folder / name)
 
 
+def _text(row: Example) -> str:
+    return "\n".join(text for turn in row.turns() for text in turn[:2])
+
+
 class _Writer(Protocol):
     def write(self, rows: list[Example]) -> None: ...
 
@@ -265,14 +276,12 @@ def _writer(path: Path) -> Iterator[_Writer]:
         with path.open("w", encoding="utf-8") as stream:
             yield _JsonlWriter(stream)
         return
-    import pyarrow
-    from pyarrow import parquet
-
-    schema = pyarrow.schema([(name, pyarrow.string()) for name in COLUMNS])
-    with parquet.ParquetWriter(path, schema, compression="zstd") as file:
-        writer = _ParquetWriter(file, schema)
+    writer = _ParquetWriter(path)
+    try:
         yield writer
         writer.flush()
+    finally:
+        writer.file.close()
 
 
 class _JsonlWriter:
@@ -281,17 +290,24 @@ class _JsonlWriter:
 
     def write(self, rows: list[Example]) -> None:
         for row in rows:
-            self.stream.write(json.dumps(row._asdict(), ensure_ascii=False) + "\n")
+            self.stream.write(json.dumps(row.to_mapping(), ensure_ascii=False) + "\n")
 
 
 class _ParquetWriter:
-    """Collects rows to groups of a fixed size, so that the file does not depend on batching."""
+    """Collects rows to groups of a fixed size, so that the file does not depend on batching.
 
-    def __init__(self, file: Any, schema: Any) -> None:
-        self.file, self.schema = file, schema
+    The column of earlier turns is there where some row has any: files of pairs have none.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
         self.rows: list[Example] = []
+        self.has_history = False
+        self.file = self._open()
 
     def write(self, rows: list[Example]) -> None:
+        if not self.has_history and any(row.history for row in rows):
+            self._widen()
         self.rows += rows
         while len(self.rows) >= ROWS_PER_WRITE:
             self._put(self.rows[:ROWS_PER_WRITE])
@@ -302,8 +318,40 @@ class _ParquetWriter:
             self._put(self.rows)
             self.rows = []
 
+    def _open(self) -> Any:
+        import pyarrow
+        from pyarrow import parquet
+
+        names = (*COLUMNS, HISTORY) if self.has_history else COLUMNS
+        schema = pyarrow.schema([(name, pyarrow.string()) for name in names])
+        return parquet.ParquetWriter(self.path, schema, compression="zstd")
+
+    def _widen(self) -> None:
+        """Start the file anew with the further column, empty in the rows written so far."""
+        import pyarrow
+        from pyarrow import parquet
+
+        self.file.close()
+        narrow = self.path.with_name(f".{self.path.name}.narrow")
+        self.path.rename(narrow)
+        self.has_history = True
+        self.file = self._open()
+        with parquet.ParquetFile(narrow) as before:
+            for number in range(before.num_row_groups):
+                group = before.read_row_group(number)
+                empty = pyarrow.nulls(group.num_rows, pyarrow.string())
+                self.file.write_table(group.append_column(HISTORY, empty))
+        narrow.unlink()
+
     def _put(self, rows: list[Example]) -> None:
         import pyarrow
 
-        columns = [list(column) for column in zip(*rows, strict=True)]
-        self.file.write_batch(pyarrow.record_batch(columns, schema=self.schema))
+        columns = [list(column) for column in zip(*rows, strict=True)][: len(COLUMNS)]
+        if self.has_history:
+            columns.append([_history_text(row) if row.history else None for row in rows])
+        schema = self.file.schema
+        self.file.write_batch(pyarrow.record_batch(columns, schema=schema))
+
+
+def _history_text(row: Example) -> str:
+    return json.dumps(row.to_mapping()[HISTORY], ensure_ascii=False)

@@ -10,12 +10,14 @@ import torch
 
 from hrmtext.batch import IGNORE, PackedBatch, RowLayout
 from hrmtext.data.format import RowIndex, row_tokens
+from hrmtext.data.turns import ListedTurns, RowTurns, ranges
 from hrmtext.errors import DataError
 
 
 def pack_rows(
     tokens: npt.NDArray[Any],
     index: RowIndex,
+    turns: RowTurns | None = None,
     *,
     row_ids: npt.NDArray[Any] | None = None,
     num_tokens: int | None = None,
@@ -23,16 +25,17 @@ def pack_rows(
     prefix_lm: bool = True,
     supervise_prompts: bool = False,
 ) -> PackedBatch:
-    """What `PackedBatch.from_rows` gives for the rows of `index`, at the speed of numpy.
+    """What `PackedBatch.from_turns` gives for the rows of `index`, at the speed of numpy.
 
     Args:
         tokens: the token array that `index` points into.
         index: R rows, at least one, checked before (`read_index`).
+        turns: the earlier turns of chat rows; None: all rows have one turn.
         row_ids: (R) numbers to carry along.
         num_tokens: T, to pad the stream to a fixed size; default: no padding.
         prefix_lm: False makes every row causal.
         supervise_prompts: prompt tokens bear loss too; for causal rows only, as prompt tokens that
-            see one another would be read off.
+            see one another would be read off. Answers that are marked as bearing none do not.
 
     Raises:
         DataError: no row, or more tokens than `num_tokens`.
@@ -72,6 +75,12 @@ def pack_rows(
         np.maximum(after, prompt_of, out=visible_end[:used])
     else:
         visible_end[:used] = after
+    if turns is not None:
+        listed = turns.listed()
+        row_starts = row_ends - inputs  # (R)
+        _learn_answers(labels, stream, listed, row_starts)
+        if prefix_lm:
+            _show_prompts(visible_end, after, listed, row_starts)
     layout = RowLayout(
         num_tokens=size,
         lengths=tuple(inputs.tolist()),
@@ -84,6 +93,33 @@ def pack_rows(
         layout=layout,
         row_ids=() if row_ids is None else tuple(np.asarray(row_ids).tolist()),
     )
+
+
+def _learn_answers(
+    labels: npt.NDArray[Any],
+    stream: npt.NDArray[Any],
+    listed: ListedTurns,
+    row_starts: npt.NDArray[Any],
+) -> None:
+    """Set the labels (T) of the earlier turns' answers: their tokens, or none where marked."""
+    lengths = listed.response_end - listed.prompt_end
+    answers = ranges(row_starts[listed.row] + listed.prompt_end, lengths)
+    learnt = np.repeat(listed.supervised, lengths)
+    labels[answers - 1] = np.where(learnt, stream[answers], IGNORE)
+
+
+def _show_prompts(
+    visible_end: npt.NDArray[Any],
+    after: npt.NDArray[Any],
+    listed: ListedTurns,
+    row_starts: npt.NDArray[Any],
+) -> None:
+    """Let each prompt of an earlier turn see itself, to its end, and answers what is behind."""
+    starts = row_starts[listed.row]
+    prompts = listed.prompt_end - listed.begin
+    visible_end[ranges(starts + listed.begin, prompts)] = np.repeat(listed.prompt_end, prompts)
+    answers = ranges(starts + listed.prompt_end, listed.response_end - listed.prompt_end)
+    visible_end[answers] = after[answers]
 
 
 def padding_bin(num_tokens: int, pad_token: int = 0) -> PackedBatch:

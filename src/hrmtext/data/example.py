@@ -4,7 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import unicodedata
+from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+
+class Turn(NamedTuple):
+    """An earlier turn of a conversation."""
+
+    instruction: str
+    response: str
+    train: bool = True
+    """Whether the response bears loss."""
 
 
 class Example(NamedTuple):
@@ -13,11 +23,31 @@ class Example(NamedTuple):
     condition: str
     """Comma list of condition names (`synth,cot`); empty: no condition token."""
     instruction: str
+    """Of the last turn, where there are several."""
     response: str
+    history: tuple[Turn, ...] = ()
+    """Earlier turns of a chat row, oldest first; the row's condition stands in each of them."""
+
+    def turns(self) -> tuple[Turn, ...]:
+        """All turns, the last one included; it always bears loss."""
+        return (*self.history, Turn(self.instruction, self.response))
+
+    def to_mapping(self) -> dict[str, Any]:
+        """The row of a cleaned file; `history` only where there is one."""
+        row: dict[str, Any] = dict(zip(COLUMNS, self, strict=False))
+        if self.history:
+            row[HISTORY] = [turn._asdict() for turn in self.history]
+        return row
 
 
-COLUMNS: tuple[str, ...] = Example._fields
+COLUMNS: tuple[str, ...] = ("condition", "instruction", "response")
 """Columns of a cleaned file, in order."""
+
+HISTORY = "history"
+"""Further column of cleaned files that hold chat rows (ours; other readers see the last turn)."""
+
+TURN_MARK = "\x1e"
+"""Between turns in the keys of `prompt_keys`."""
 
 DEFAULT_CONDITION = "direct"
 """Condition of a row that states none."""
@@ -38,6 +68,8 @@ class HeldOutRow:
     """What the family's scorer needs; None: only exact match can judge the row."""
     settings: dict[str, Any] | None = None
     """The family's settings where they are not its defaults; some scorers depend on them."""
+    history: tuple[Turn, ...] = ()
+    """Earlier turns of a chat row; `instruction` and `response` are its last turn."""
 
 
 def normalize_prompt(text: str) -> str:
@@ -45,3 +77,29 @@ def normalize_prompt(text: str) -> str:
     if not text.isascii():
         text = unicodedata.normalize("NFKC", text)
     return " ".join(text.casefold().split())
+
+
+def prompt_keys(instructions: Sequence[str], responses: Sequence[str]) -> list[str]:
+    """What each turn of a conversation is asked, context included, in the form for comparison.
+
+    A follow-up such as `and then?` means nothing alone, so a turn's key is all up to its prompt;
+    the key of a first turn is `normalize_prompt` of its text.
+
+    Args:
+        instructions: (K) of all turns. responses: (K - 1 or K) of the turns before the last.
+    """
+    keys, before = [], ""
+    for number, instruction in enumerate(instructions):
+        before += normalize_prompt(instruction)
+        keys.append(before)
+        if number < len(responses):
+            before += TURN_MARK + normalize_prompt(responses[number]) + TURN_MARK
+    return keys
+
+
+def example_keys(example: Example) -> list[str]:
+    """`prompt_keys` of a training row, one a turn."""
+    if not example.history:
+        return [normalize_prompt(example.instruction)]
+    turns = example.turns()
+    return prompt_keys([turn.instruction for turn in turns], [turn.response for turn in turns])

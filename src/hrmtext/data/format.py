@@ -29,11 +29,19 @@ from hrmtext.data.tokenizer import (
     TOKENIZER_FILE,
     PromptTokenizer,
 )
+from hrmtext.data.turns import (
+    TURN_COLUMNS,
+    TURNS_FILE,
+    check_turns,
+    require_turns,
+    turn_values,
+    turns_of,
+)
 from hrmtext.errors import CheckpointError, DataError
 from hrmtext.runtime.io import MARKER, fingerprint, require_complete
 
 INDEX_NAMES = ("inst_start", "inst_len", "resp_start", "resp_len")
-EXTRA_NAMES: tuple[str, ...] = ()
+EXTRA_NAMES: tuple[str, ...] = TURN_COLUMNS
 """Further columns that a stratum's index may have; sampling takes them along as int64."""
 TOKENS_FILE = "tokens.npy"
 METADATA_FILE = "metadata.json"
@@ -104,6 +112,8 @@ class Stratum:
     folder: Path
     tokens: Array
     index: RowIndex
+    turns: Array | None
+    """(K, 3) earlier turns of chat rows, see `hrmtext.data.turns`; None where there are none."""
     metadata: dict[str, Any]
     """`source_mtime` (seconds) and `source_size` (bytes)."""
     marker: dict[str, Any]
@@ -120,10 +130,10 @@ def read_stratum(folder: str | Path) -> Stratum:
     marker = read_marker(folder)
     metadata = read_json(folder / METADATA_FILE)
     tokens = open_array(folder / TOKENS_FILE)
-    index = read_index(folder, tokens)
+    turns = read_turns(folder)
     return Stratum(
-        name=folder.name, folder=folder, tokens=tokens, index=index, metadata=metadata,
-        marker=marker,
+        name=folder.name, folder=folder, tokens=tokens, index=read_index(folder, tokens, turns),
+        turns=turns, metadata=metadata, marker=marker,
     )  # fmt: skip
 
 
@@ -206,7 +216,12 @@ class SampledData:
         """Rows of epoch `number`, in the order of the folder; DataError if they are damaged."""
         if not 0 <= number < self.num_epochs:
             raise DataError(f"epoch {number} of {self.folder}: it has {self.num_epochs}")
-        return read_index(self.folder / f"epoch_{number}", self.tokens)
+        return read_index(self.folder / f"epoch_{number}", self.tokens, self.turns)
+
+    @cached_property
+    def turns(self) -> Array | None:
+        """(K, 3) earlier turns of chat rows, see `hrmtext.data.turns`; None without any."""
+        return read_turns(self.folder)
 
     def strata(self) -> list[str]:
         """Names of the strata; empty where another program wrote the folder."""
@@ -234,10 +249,17 @@ class SampledData:
         return PromptTokenizer.load(self.folder / TOKENIZER_FILE)
 
 
-def read_index(folder: Path, tokens: Array) -> RowIndex:
+def read_turns(folder: Path) -> Array | None:
+    """(K, 3) the turns that a folder's rows point to; None where it has none."""
+    path = folder / TURNS_FILE
+    return turn_values(open_array(path), path) if path.is_file() else None
+
+
+def read_index(folder: Path, tokens: Array, turns: Array | None = None) -> RowIndex:
     """The four index arrays of `folder` as int64, checked against the token array.
 
-    They stay memory-mapped: however many rows there are, little is held.
+    They stay memory-mapped: however many rows there are, little is held. `turns` is `read_turns` of
+    the folder, or of the sampled folder above it.
 
     Raises:
         DataError: missing or damaged files, different lengths, empty or out-of-range rows.
@@ -270,6 +292,7 @@ def read_index(folder: Path, tokens: Array) -> RowIndex:
                     f"{len(arrays[0])}"
                 )
     index = RowIndex(*arrays, extras=extras)
+    require_turns(folder, extras, turns)
     for at in range(0, index.num_rows, ROWS_PER_CHECK):
         part = index.take(slice(at, at + ROWS_PER_CHECK))
         for kind, start, length in (
@@ -286,6 +309,8 @@ def read_index(folder: Path, tokens: Array) -> RowIndex:
             if int(length.min()) < 1:
                 row = at + int(length.argmin())
                 raise DataError(f"{folder / f'{kind}_len.npy'}: row {row} is empty")
+        if (earlier := turns_of(part.extras, turns)) is not None:
+            check_turns(folder, earlier, part.inst_len)
     return index
 
 

@@ -21,7 +21,9 @@ from hrmtext.data.format import (
     read_chunks,
 )
 from hrmtext.data.mixture import RowHasher, Words
+from hrmtext.data.turns import FIELDS, TURN_START, TURNS_FILE, turns_of
 from hrmtext.errors import DataError
+from hrmtext.runtime.rng import mix64
 
 TOKENS_PER_COPY = 1 << 23
 ROWS_PER_PIECE = 1 << 19
@@ -54,6 +56,8 @@ class Gathered:
         self._starts = [0]
         dtype = np.uint16 if vocab_size <= 1 << 16 else np.int32
         self._tokens = ArrayWriter(folder / TOKENS_FILE, dtype)
+        self._folder = folder
+        self._turns: ArrayWriter | None = None
         self._paths = [folder / "rows.scratch", folder / "hashes.scratch"]
         self._rows, self._hashes = (path.open("w+b") for path in self._paths)
         self._num_hashes = 0
@@ -67,6 +71,8 @@ class Gathered:
                 stream.close()
             path.unlink(missing_ok=True)
         self._tokens.__exit__(*exception)
+        if self._turns is not None:
+            self._turns.__exit__(*exception)
 
     @property
     def digest(self) -> str:
@@ -97,10 +103,12 @@ class Gathered:
             places = np.arange(index.num_rows)
             kept = usable(dataclasses.replace(index, extras={**index.extras, "place": places}))
             if by_content:
-                self._add_hashes(stratum.tokens, index.take(kept.extras["place"]))
+                self._add_hashes(stratum, index.take(kept.extras["place"]))
             self._rows.write(self._records(kept, number, base).view(np.uint8).data)
             rows += kept.num_rows
             tokens += kept.num_tokens
+        if stratum.turns is not None:
+            self._copy_turns(stratum.turns)
         for digest in digests:  # the same tokens cut into rows elsewhere are other data
             self._digest.update(digest.digest())
         self.names.append(stratum.name)
@@ -135,9 +143,22 @@ class Gathered:
             self._digest.update(chunk.data)
             self._tokens.write(chunk)
 
-    def _add_hashes(self, tokens: Array, index: RowIndex) -> None:
+    def _copy_turns(self, turns: Array) -> None:
+        if self._turns is None:
+            self._turns = ArrayWriter(self._folder / TURNS_FILE, np.int64)
+        for at in range(0, len(turns), ROWS_PER_PIECE):
+            values = np.ascontiguousarray(turns[at : at + ROWS_PER_PIECE], dtype=np.int64).ravel()
+            self._digest.update(values.data)
+            self._turns.write(values)
+
+    def _add_hashes(self, stratum: Stratum, index: RowIndex) -> None:
         self._hasher = self._hasher or RowHasher(self.vocab_size)
-        hashes = self._hasher(tokens, index)
+        hashes = self._hasher(stratum.tokens, index)
+        if (turns := turns_of(index.extras, stratum.turns)) is not None:
+            # Two rows of the same tokens are two rows where they learn other answers.
+            listed = turns.listed()
+            learnt = listed.response_end * 2 + listed.supervised
+            np.bitwise_xor.at(hashes, listed.row, mix64(learnt.astype(np.uint64)))
         self._hashes.write(hashes.view(np.uint8).data)
         self._num_hashes += len(hashes)
 
@@ -152,6 +173,8 @@ class Gathered:
             if name in index.extras:
                 records[name] = index.extras[name]
                 self.extra_names.add(name)
+        if self._turns is not None and TURN_START in index.extras:
+            records[TURN_START] += self._turns.count // FIELDS
         return records
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from hrmtext.batch import PackedBatch
-from hrmtext.data.example import HeldOutRow
+from hrmtext.batch import PackedBatch, TokenTurn
+from hrmtext.data.example import HISTORY, HeldOutRow
 from hrmtext.data.format import (
     METADATA_FILE,
     Array,
@@ -23,8 +24,10 @@ from hrmtext.data.format import (
     stratum_folders,
 )
 from hrmtext.data.pack import plan_epoch
+from hrmtext.data.sources.chat import read_history
 from hrmtext.data.sources.local import stratum_label
 from hrmtext.data.tokenizer import CONDITIONS, SPECIAL_TOKENS
+from hrmtext.data.turns import turns_of
 from hrmtext.errors import DataError
 
 SAMPLED_KEY = "tokenizer_info"
@@ -35,13 +38,24 @@ class TokenRow:
     """One row as token ids."""
 
     prompt: list[int]
-    """Begin, conditions, instruction, prompt end."""
+    """Begin, conditions, instruction, prompt end; of a chat row, all before the last response."""
     response: list[int]
     """Text and its end token."""
     condition: str
     """Comma list of condition names, read back from the prompt."""
     stratum: str
     """Stratum without its file's ending; empty where it was not recorded."""
+    blocks: tuple[tuple[int, int], ...] = ()
+    """Of a chat row (start, end) of each turn's prompt; empty: the prompt is one turn's."""
+
+    def turns(self) -> list[TokenTurn]:
+        """The row's turns; only the last response is scored."""
+        blocks = list(self.blocks) or [(0, len(self.prompt))]
+        found = [
+            TokenTurn(self.prompt[start:end], self.prompt[end:after], False)
+            for (start, end), (after, _) in pairwise(blocks)
+        ]
+        return [*found, TokenTurn(self.prompt[blocks[-1][0] :], self.response)]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,13 +86,13 @@ def load_rows(folder: str | Path, limit: int | None = None, epoch: int = 0) -> l
         labels = [stratum_label(name) for name in data.strata()]
         names = [""] * index.num_rows if ids is None else [labels[i] for i in ids.tolist()]
         conditions = condition_names(data.info)
-        return list(_rows(data.tokens, index, names, conditions, limit))
+        return list(_rows(data.tokens, index, data.turns, names, conditions, limit))
     conditions = condition_names(read_tokenizer_info(folder))
     rows: list[TokenRow] = []
     for path in stratum_folders(folder):
         stratum = read_stratum(path)
         names = [stratum_label(stratum.name)] * stratum.index.num_rows
-        rows += _rows(stratum.tokens, stratum.index, names, conditions, limit)
+        rows += _rows(stratum.tokens, stratum.index, stratum.turns, names, conditions, limit)
     return rows
 
 
@@ -106,8 +120,8 @@ def validation_batches(
         members = [rows[i] for i in ids]
         batches.append(
             ValidationBatch(
-                batch=PackedBatch.from_rows(
-                    [(row.prompt, row.response) for row in members],
+                batch=PackedBatch.from_turns(
+                    [row.turns() for row in members],
                     num_tokens=pad_to,
                     prefix_lm=prefix_lm,
                     row_ids=ids,
@@ -123,7 +137,11 @@ def write_held_out(path: Path, rows: Sequence[HeldOutRow]) -> None:
     """Write held-out rows as JSONL; `path` is a temporary name of the caller's."""
     with path.open("w", encoding="utf-8") as stream:
         for row in rows:
-            stream.write(json.dumps(dataclasses.asdict(row), ensure_ascii=False) + "\n")
+            values: dict[str, Any] = dataclasses.asdict(row)
+            values[HISTORY] = [turn._asdict() for turn in row.history]
+            if not row.history:
+                del values[HISTORY]
+            stream.write(json.dumps(values, ensure_ascii=False) + "\n")
 
 
 def read_held_out(path: str | Path) -> list[HeldOutRow]:
@@ -141,8 +159,12 @@ def read_held_out(path: str | Path) -> list[HeldOutRow]:
         with file.open(encoding="utf-8") as stream:
             for number, line in enumerate(stream, start=1):
                 try:
-                    rows.append(HeldOutRow(**json.loads(line)))
-                except (ValueError, TypeError) as error:
+                    values = json.loads(line)
+                    history = read_history(values.pop(HISTORY, []))
+                    if isinstance(history, str):
+                        raise ValueError(history)
+                    rows.append(HeldOutRow(**values, history=history))
+                except (ValueError, TypeError, AttributeError) as error:
                     raise DataError(f"{file}:{number} is not a held-out row: {error}") from error
     return rows
 
@@ -157,11 +179,13 @@ def condition_names(info: dict[str, Any]) -> dict[int, str]:
 def _rows(
     tokens: Array,
     index: RowIndex,
+    turn_values: Array | None,
     names: Sequence[str],
     conditions: dict[int, str],
     limit: int | None,
 ) -> Iterator[TokenRow]:
     count = index.num_rows if limit is None else min(limit, index.num_rows)
+    turns = turns_of(index.extras, turn_values)
     for row in range(count):
         a, b, c, d = (int(array[row]) for array in index)
         prompt = tokens[a : a + b].tolist()
@@ -170,7 +194,14 @@ def _rows(
             response=tokens[c : c + d].tolist(),
             condition=_condition(prompt, conditions),
             stratum=names[row],
+            blocks=() if turns is None else _blocks(turns.of_row(row), b),
         )
+
+
+def _blocks(turns: list[tuple[int, int, bool]], prompt_length: int) -> tuple[tuple[int, int], ...]:
+    """(start, end) of every prompt of a chat row."""
+    starts = [0, *(response_end for _, response_end, _ in turns)]
+    return tuple(zip(starts, [*(end for end, _, _ in turns), prompt_length], strict=True))
 
 
 def _condition(prompt: list[int], names: dict[int, str]) -> str:

@@ -166,7 +166,13 @@ def _inspect_rows(path: Path) -> Summary:
         found = RowProblems()
         rows = prompts = responses = 0
         for batch in read_batches(file, found):
-            sizes = [(len(row.instruction), len(row.response)) for row in batch]
+            sizes = [
+                (
+                    len(row.instruction) + sum(len(turn[0]) + len(turn[1]) for turn in row.history),
+                    len(row.response),
+                )
+                for row in batch
+            ]
             conditions.update(row.condition for row in batch)
             rows += len(batch)
             prompts += sum(size[0] for size in sizes)

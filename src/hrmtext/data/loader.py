@@ -16,6 +16,7 @@ from hrmtext.batch import PackedBatch
 from hrmtext.data.collate import pack_rows, padding_bin
 from hrmtext.data.format import RowIndex, SampledData
 from hrmtext.data.pack import Plan, plan_epoch
+from hrmtext.data.turns import turns_of
 from hrmtext.errors import CheckpointError, ConfigError, DataError
 from hrmtext.runtime.rng import numpy_generator
 
@@ -198,26 +199,35 @@ class Loader:
             if not len(which):  # this rank still takes part in the step
                 bins.append(padding_bin(self.pad_to or 1))
                 continue
+            members = epoch.index.take(which)
             bins.append(
                 pack_rows(
                     self.data.tokens,
-                    epoch.index.take(which),
+                    members,
+                    turns_of(members.extras, self.data.turns),
                     row_ids=which,
                     num_tokens=self.pad_to,
                     prefix_lm=self.prefix_lm,
                     supervise_prompts=self.supervise_prompts,
                 )
             )
-        num_tokens = int(rows.input_lengths().sum())
         return GlobalBatch(
             index=index,
             epoch=epoch.number,
             bins=bins,
-            num_supervised_tokens=(
-                num_tokens if self.supervise_prompts else int(rows.resp_len.sum())
-            ),
-            num_tokens=num_tokens,
+            num_supervised_tokens=self._num_supervised(rows),
+            num_tokens=int(rows.input_lengths().sum()),
         )
+
+    def _num_supervised(self, rows: RowIndex) -> int:
+        """Tokens that bear loss: responses, but for answers of earlier turns that are marked."""
+        turns = turns_of(rows.extras, self.data.turns)
+        listed = None if turns is None else turns.listed()
+        if self.supervise_prompts:
+            spared = 0 if listed is None else int(listed.unsupervised_tokens(rows.num_rows).sum())
+            return int(rows.input_lengths().sum()) - spared
+        earlier = 0 if listed is None else int(listed.supervised_tokens(rows.num_rows).sum())
+        return int(rows.resp_len.sum()) + earlier
 
     def _epoch(self, number: int) -> _Epoch:
         with self._lock:

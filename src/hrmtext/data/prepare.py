@@ -19,7 +19,7 @@ from hrmtext.config.base import dump_yaml, to_mapping
 from hrmtext.config.data import CleaningConfig, DataConfig, HubSourceConfig, LocalSourceConfig
 from hrmtext.data import clean as cleaning
 from hrmtext.data.clean import SourceStratum, clean, tidy
-from hrmtext.data.example import Example, HeldOutRow, normalize_prompt
+from hrmtext.data.example import Example, HeldOutRow, example_keys, prompt_keys
 from hrmtext.data.format import REPORT_FILE, read_json
 from hrmtext.data.heldout import write_held_out
 from hrmtext.data.sample import sample
@@ -173,9 +173,7 @@ def _run_sources(
             held_out[name] = rows
         if progress is not None:
             progress("choosing held-out rows", number + 1, len(local))
-    prompts = frozenset(
-        normalize_prompt(row.instruction) for rows in held_out.values() for row in rows
-    )
+    prompts = frozenset(_held_out_key(row) for rows in held_out.values() for row in rows)
 
     def strata() -> Iterator[SourceStratum]:
         total = len(generated) + len(local)
@@ -226,7 +224,7 @@ def _choose_held_out(
             example = tidy(raw, config)
             if isinstance(example, str):
                 continue
-            prompt = normalize_prompt(example.instruction)
+            prompt = example_keys(example)[-1]
             if prompt in chosen:
                 continue
             digest = hashlib.blake2b(prompt.encode(), digest_size=8).digest()
@@ -250,6 +248,7 @@ def _choose_held_out(
             condition=example.condition,
             instruction=example.instruction,
             response=example.response,
+            history=example.history,
         )
         for example in chosen.values()
     ]
@@ -262,8 +261,13 @@ def _shared_prompts(folder: Path, prompts: frozenset[str]) -> tuple[int, int]:
         for path in find_files(folder).values():
             for batch in read_batches(path, RowProblems()):
                 compared += len(batch)
-                shared += sum(normalize_prompt(row.instruction) in prompts for row in batch)
+                shared += sum(not prompts.isdisjoint(example_keys(row)) for row in batch)
     return shared, compared
+
+
+def _held_out_key(row: HeldOutRow) -> str:
+    instructions = [*(turn.instruction for turn in row.history), row.instruction]
+    return prompt_keys(instructions, [turn.response for turn in row.history])[-1]
 
 
 def _make_tokenizer(config: DataConfig, folder: Path) -> PromptTokenizer:
@@ -294,8 +298,9 @@ def training_texts(
             for example in batch:
                 if number >= int(wanted):
                     wanted += stride
-                    yield example.instruction[:max_chars]
-                    yield example.response[:max_chars]
+                    for turn in example.turns():
+                        yield turn.instruction[:max_chars]
+                        yield turn.response[:max_chars]
                 number += 1
 
 

@@ -26,18 +26,23 @@ def apply_rules(
     """The row as the rules leave it, or why it is to be dropped.
 
     Thoughts go first, so that what is in them does not count; then boxed answers, code, scripts,
-    personal data.
+    personal data. Each turn of a conversation goes through them as a pair does.
 
     Args:
         changed: what was done is counted into it.
     """
     try:
+        history = tuple(
+            turn._replace(instruction=instruction, response=response)
+            for turn in example.history
+            for instruction, response in [_pair(turn.instruction, turn.response, config, changed)]
+        )
         instruction, response = _pair(example.instruction, example.response, config, changed)
     except RowDropped as reason:
         return str(reason)
     if not changed:
         return example
-    return example._replace(instruction=instruction, response=response)
+    return example._replace(instruction=instruction, response=response, history=history)
 
 
 def _pair(

@@ -6,14 +6,14 @@ import contextlib
 import dataclasses
 import functools
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hrmtext.config.base import to_mapping
-from hrmtext.config.data import LongRows, SamplingConfig, StratumRule
+from hrmtext.config.data import SamplingConfig, StratumRule
 from hrmtext.data.contamination import ContaminationFilter, benchmark_ngrams
 from hrmtext.data.format import (
     INDEX_NAMES,
@@ -22,12 +22,12 @@ from hrmtext.data.format import (
     STRATUM_FILE,
     Array,
     ArrayWriter,
-    RowIndex,
     read_stratum,
     read_tokenizer_info,
     stratum_folders,
 )
 from hrmtext.data.gather import ROW, Gathered, num_tokens
+from hrmtext.data.lengths import LengthCheck
 from hrmtext.data.mixture import Walk
 from hrmtext.data.shuffle import Shuffle
 from hrmtext.data.sources.local import stratum_label
@@ -38,11 +38,6 @@ from hrmtext.errors import DataError
 from hrmtext.runtime.io import atomic_folder, exclusive, fingerprint, write_json
 
 FORMAT_VERSION = 2
-
-TOO_SHORT = "response too short"
-NO_ROOM = "instruction leaves no room for a response"
-TOO_SHORT_TRUNCATED = "response too short after truncation"
-TOO_LONG = "row too long"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -172,8 +167,10 @@ def sample(
         with Gathered(temporary, info["vocab_size"]) as gathered:
             lengths = []
             for number, folder in enumerate(folders):
-                check = LengthCheck(config, rules[number].long_rows or config.long_rows)
                 stratum = read_stratum(folder)
+                check = LengthCheck(
+                    config, rules[number].long_rows or config.long_rows, stratum.turns
+                )
                 if benchmarks is not None:
                     check.also = ContaminationFilter(benchmarks, stratum.tokens, check.dropped)
                 gathered.add(stratum, check, by_content=rules[number].by_tokens)
@@ -196,44 +193,6 @@ def sample(
             if (tokenized / name).is_file():
                 shutil.copyfile(tokenized / name, temporary / name)
     return report
-
-
-class LengthCheck:
-    """Leaves rows that fit the context, with their responses cut where they must be; counts."""
-
-    def __init__(self, config: SamplingConfig, long_rows: LongRows) -> None:
-        """`long_rows`: what happens to rows beyond the context."""
-        self.limit = config.max_seq_len + 1  # the last token is only predicted
-        self.shortest = config.min_response_tokens
-        self.long_rows = long_rows
-        self.num_rows = self.num_truncated = 0
-        """Rows seen; rows left with a cut response."""
-        self.dropped: dict[str, int] = {}
-        """Rows not left, by reason."""
-        self.also: Callable[[RowIndex], RowIndex] | None = None
-        """A further filter, which sees rows before they are cut and counts for itself."""
-
-    def __call__(self, index: RowIndex) -> RowIndex:
-        """The rows that fit."""
-        self.num_rows += index.num_rows
-        if self.also is not None:
-            index = self.also(index)
-        room = self.limit - index.inst_len
-        response = np.minimum(index.resp_len, np.maximum(room, 0))
-        # Lengths are checked after the cut: a cut response can be too short as well.
-        reasons = {TOO_SHORT: index.resp_len < self.shortest, NO_ROOM: room < 1}
-        if self.long_rows == "drop":
-            reasons[TOO_LONG] = index.resp_len > room
-        else:
-            reasons[TOO_SHORT_TRUNCATED] = response < self.shortest
-        keep = np.ones(index.num_rows, dtype=bool)
-        for reason, mask in reasons.items():
-            count = int((mask & keep).sum())
-            if count:
-                self.dropped[reason] = self.dropped.get(reason, 0) + count
-            keep &= ~mask
-        self.num_truncated += int((keep & (response < index.resp_len)).sum())
-        return dataclasses.replace(index, resp_len=response).take(keep)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

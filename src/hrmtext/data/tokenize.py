@@ -15,22 +15,17 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from hrmtext.data.format import (
-    INDEX_NAMES,
     METADATA_FILE,
     REPORT_FILE,
     TOKENIZER_INFO_FILE,
     TOKENS_FILE,
-    ArrayWriter,
-    open_array,
-    read_chunks,
     read_json,
     tokenizer_info,
 )
 from hrmtext.data.parts import PART_BYTES, Part, plan_parts
-from hrmtext.data.sources.local import PLACES_KEPT, RowProblems, find_files, read_batches
+from hrmtext.data.sources.local import PLACES_KEPT, RowProblems, find_files
+from hrmtext.data.stratum import StratumWriter
 from hrmtext.data.tokenizer import TOKENIZER_FILE, PromptTokenizer
 from hrmtext.data.workers import Progress, WorkerPool
 from hrmtext.errors import CheckpointError, DataError
@@ -47,7 +42,6 @@ from hrmtext.runtime.log import logger
 WORKER = "hrmtext.data.tokenize_worker"
 FORMAT_VERSION = 2
 PARTS_FOLDER = ".parts"
-VALUES_PER_COPY = 1 << 22
 MIN_BYTES_FOR_WORKERS = 8_000_000
 """Below this, starting processes takes longer than tokenising in this one."""
 
@@ -215,7 +209,7 @@ def _tokenize_part(request: dict[str, Any], tokenizer: PromptTokenizer) -> None:
     marker: dict[str, Any] = {"key": key}
     with (
         atomic_folder(folder, replace=True, late=marker) as temporary,
-        _StratumWriter(temporary) as writer,
+        StratumWriter(temporary) as writer,
     ):
         writer.add_rows(Path(request["source"]), tokenizer, problems, Part(*request["part"]))
         marker |= {"num_read": problems.num_read, "dropped": problems.to_mapping()}
@@ -240,7 +234,7 @@ def _join_parts(request: dict[str, Any], tokenizer: PromptTokenizer) -> None:
 @contextlib.contextmanager
 def _stratum(
     source: Path, folder: Path, tokenizer: PromptTokenizer, stat: list[int]
-) -> Iterator[_StratumWriter]:
+) -> Iterator[StratumWriter]:
     """Write a stratum folder; refuse a source that has changed since `stat` (size, time in ns)."""
     marker: dict[str, Any] = {
         "format_version": FORMAT_VERSION,
@@ -249,7 +243,7 @@ def _stratum(
         "source_mtime_ns": stat[1],
     }
     with atomic_folder(folder, replace=True, late=marker) as temporary:
-        with _StratumWriter(temporary) as writer:
+        with StratumWriter(temporary) as writer:
             yield writer
         marker |= {
             "source": fingerprint(source),
@@ -261,62 +255,6 @@ def _stratum(
         if [now.st_size, now.st_mtime_ns] != stat:
             raise DataError(f"{source} was changed while it was tokenised; run the same again")
         _write_metadata(temporary, now)
-
-
-class _StratumWriter:
-    """Rows laid end to end: prompt, response, prompt, response, ...; little of it in memory."""
-
-    def __init__(self, folder: Path) -> None:
-        self.dropped: dict[str, Any] = {}
-        self._files = contextlib.ExitStack()
-        self._tokens = self._files.enter_context(ArrayWriter(folder / TOKENS_FILE, np.uint32))
-        self._columns = [
-            self._files.enter_context(ArrayWriter(folder / f"{name}.npy", np.uint64))
-            for name in INDEX_NAMES
-        ]
-
-    def __enter__(self) -> _StratumWriter:
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._files.__exit__(*exception)
-
-    @property
-    def num_rows(self) -> int:
-        """Rows written."""
-        return self._columns[0].count
-
-    @property
-    def num_tokens(self) -> int:
-        """Tokens written."""
-        return self._tokens.count
-
-    def add_rows(
-        self,
-        source: Path,
-        tokenizer: PromptTokenizer,
-        problems: RowProblems,
-        part: Part | None = None,
-    ) -> None:
-        """Tokenise a file or a part of it."""
-        for batch in read_batches(source, problems, part):
-            tokens, lengths = tokenizer.encode_rows(*zip(*batch, strict=True))
-            sizes = np.array(lengths, dtype=np.uint64)
-            starts = np.cumsum(sizes) - sizes + np.uint64(self.num_tokens)
-            self._tokens.write(np.frombuffer(tokens, dtype=np.uint32))
-            columns = (starts[0::2], sizes[0::2], starts[1::2], sizes[1::2])
-            for writer, column in zip(self._columns, columns, strict=True):
-                writer.write(column)
-
-    def add_part(self, folder: Path) -> None:
-        """Append a part that was written the same way."""
-        base = np.uint64(self.num_tokens)
-        for name, writer in zip(INDEX_NAMES, self._columns, strict=True):
-            shift = base if name.endswith("_start") else np.uint64(0)
-            for chunk in read_chunks(open_array(folder / f"{name}.npy"), VALUES_PER_COPY):
-                writer.write(chunk + shift)
-        for chunk in read_chunks(open_array(folder / TOKENS_FILE), VALUES_PER_COPY):
-            self._tokens.write(chunk)
 
 
 def _add_dropped(total: dict[str, dict[str, Any]], more: dict[str, Any], num_read: int) -> None:

@@ -13,8 +13,9 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
+from hrmtext.batch import TokenTurn
 from hrmtext.config.base import nearest
-from hrmtext.data.example import DEFAULT_CONDITION
+from hrmtext.data.example import DEFAULT_CONDITION, Turn
 from hrmtext.errors import DataError
 from hrmtext.runtime.io import fingerprint, write_json, write_text
 
@@ -246,6 +247,30 @@ class PromptTokenizer:
             lengths += (middle - at, len(flat) - middle)
             at = len(flat)
         return array.array("I", flat), lengths
+
+    def encode_turns(
+        self, turns: Sequence[Turn], condition: str = DEFAULT_CONDITION
+    ) -> list[TokenTurn]:
+        """The turns of one conversation, each as a prompt with `condition` and a response."""
+        prompts = self.encode_prompts([turn.instruction for turn in turns], condition)
+        responses = self.encode_responses([turn.response for turn in turns])
+        return [
+            TokenTurn(prompt, response, turn.train)
+            for prompt, response, turn in zip(prompts, responses, turns, strict=True)
+        ]
+
+    def encode_question(
+        self, history: Sequence[Turn], instruction: str, condition: str = DEFAULT_CONDITION
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """A conversation that waits for an answer: its ids, and (start, end) of its prompts."""
+        ids: list[int] = []
+        blocks = []
+        for prompt, response, _ in self.encode_turns(history, condition):
+            blocks.append((len(ids), len(ids) + len(prompt)))
+            ids += [*prompt, *response]
+        prompt = self.encode_prompt(instruction, condition)
+        blocks.append((len(ids), len(ids) + len(prompt)))
+        return ids + prompt, blocks
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of plain texts, without any special token; uses all cores for many texts."""

@@ -107,7 +107,11 @@ def _answer(
 ) -> list[Generated | None]:
     """One answer a row, None where the prompt leaves no room for one."""
     conditions = [row.condition if config.condition is None else config.condition for row in rows]
-    prompts = model.tokenizer.encode_prompts([row.instruction for row in rows], conditions)
+    encoded = [
+        model.tokenizer.encode_question(row.history, row.instruction, condition)
+        for row, condition in zip(rows, conditions, strict=True)
+    ]
+    prompts, blocks = zip(*encoded, strict=True)
     fits = [i for i, prompt in enumerate(prompts) if len(prompt) < model.config.max_seq_len]
     if len(fits) < len(rows):
         warn_once(
@@ -117,9 +121,9 @@ def _answer(
     depth = None
     if config.H_cycles is not None or config.L_cycles is not None:
         depth = (config.H_cycles or model.config.H_cycles, config.L_cycles or model.config.L_cycles)
-    found = model.generate_tokens(
-        [rows[i].instruction for i in fits],
-        [conditions[i] for i in fits],
+    found = model.generate_ids(
+        [prompts[i] for i in fits],
+        [blocks[i] for i in fits],
         GenerateConfig(
             max_new_tokens=config.max_new_tokens,
             guidance=config.guidance,

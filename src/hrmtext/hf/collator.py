@@ -12,7 +12,8 @@ from typing import Any, Literal
 import torch
 
 from hrmtext.batch import IGNORE
-from hrmtext.data.example import DEFAULT_CONDITION
+from hrmtext.data.example import DEFAULT_CONDITION, HISTORY
+from hrmtext.data.sources.chat import CHAT_KEYS, read_conversation
 from hrmtext.errors import ConfigError, DataError
 from hrmtext.hf.prompts import plain_tokenizer
 from hrmtext.runtime.log import warn_once
@@ -41,7 +42,7 @@ class PrefixLMCollator:
 
     - `instruction_ids` and `response_ids` (or `prompt_ids` and `completion_ids`): token ids;
     - `instruction` and `response`, texts, and `condition` (default direct): needs a tokenizer,
-      and special tokens written in the texts are plain text;
+      and special tokens written in the texts are plain text; `messages` of one turn as well;
     - `input_ids` and what tells the prompt's end: `prompt_length`, or `token_type_ids` (1 on the
       prompt), or `completion_mask` (0 on the prompt), or `labels` (-100 on the prompt; TRL's
       `SFTTrainer` prepares this form). An `attention_mask` with zeros takes padding out first.
@@ -188,6 +189,7 @@ class PrefixLMCollator:
                 prompt, response = _ints(row[prompt_name]), _ints(row[response_name])
                 labels = [IGNORE] * len(prompt) + response
                 return _Row(prompt + response, len(prompt), labels)
+        row = _single_turn(index, row)
         if "instruction" in row and "response" in row:
             if self.tokenizer is None:
                 raise DataError(
@@ -202,6 +204,26 @@ class PrefixLMCollator:
         if "input_ids" in row:
             return _from_ids(index, row)
         raise DataError(f"row {index} has the columns {sorted(row)}; {EXPECTED}")
+
+
+def _single_turn(index: int, row: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A conversation of one turn as instruction and response; other rows as they are.
+
+    Raises:
+        DataError: several turns, which need one block each: token types can mark one only.
+    """
+    if any(row.get(key) for key in CHAT_KEYS):
+        example = read_conversation(dict(row))
+        if isinstance(example, str):
+            raise DataError(f"row {index}: {example}")
+        row = example.to_mapping()
+    if row.get(HISTORY):
+        raise DataError(
+            f"row {index} has several turns. Each prompt is a block of its own in training, but "
+            "all tokens of type 1 form one, so that the first prompt would see later answers. "
+            "Train on conversations with `hrm-text train`, or split them into rows of one turn"
+        )
+    return row
 
 
 def _from_ids(index: int, row: Mapping[str, Any]) -> _Row:

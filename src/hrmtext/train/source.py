@@ -152,7 +152,7 @@ class FolderSource:
         rows = _spread(read_held_out(folder), config.validation_rows)
         packed: list[TokenRow] = []
         for row in rows:
-            prompt = tokenizer.encode_prompt(row.instruction, row.condition)
+            prompt, blocks = tokenizer.encode_question(row.history, row.instruction, row.condition)
             response = tokenizer.encode_response(row.response)
             if len(prompt) + len(response) - 1 <= config.model.max_seq_len:
                 packed.append(
@@ -161,6 +161,7 @@ class FolderSource:
                         response=response,
                         condition=row.condition,
                         stratum=row.stratum,
+                        blocks=tuple(blocks),
                     )
                 )
         if len(packed) < len(rows):

@@ -239,3 +239,19 @@ def test_packing_sees_through_wrappers():
             self.module = inner
 
     assert PrefixLMCollator(pack_for=Wrapped(small_model())).packs
+
+
+def test_conversations_of_one_turn_are_rows_and_several_turns_are_refused(tokenizer):
+    collator = PrefixLMCollator(tokenizer)
+    said = ["count", "seven", "sort", "red"]
+    speakers = ("user", "assistant") * 2
+    messages = [{"role": a, "content": b} for a, b in zip(speakers, said, strict=True)]
+    pair = collator([{"instruction": "count", "response": "seven"}])
+    one = collator([{"messages": messages[:2]}])
+    assert all(torch.equal(one[name], pair[name]) for name in pair)
+    cleaned = {"instruction": "a", "response": "b", "history": [{"instruction": "c"}]}
+    for row in ({"messages": messages}, cleaned):
+        with pytest.raises(DataError, match="row 0 has several turns"):
+            collator([row])
+    with pytest.raises(DataError, match="ends without an answer"):
+        collator([{"messages": messages[:1]}])

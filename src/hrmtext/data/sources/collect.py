@@ -11,7 +11,7 @@ from typing import Any
 
 from hrmtext.config.base import to_mapping
 from hrmtext.config.data import HubSourceConfig
-from hrmtext.data.example import COLUMNS, Example
+from hrmtext.data.example import Example
 from hrmtext.data.format import REPORT_FILE, read_json
 from hrmtext.data.sources.files import RawRows, locate, matching_files, read_rows, source_files
 from hrmtext.data.sources.hub import hub_rows, hub_units
@@ -216,8 +216,8 @@ class _StrataWriter:
         self.count = 0
 
     def add(self, stratum: str, example: Example) -> None:
-        row = dict(zip(COLUMNS, example[:3], strict=True))
-        self.held.setdefault(stratum, []).append(json.dumps(row, ensure_ascii=False) + "\n")
+        row = json.dumps(example.to_mapping(), ensure_ascii=False)
+        self.held.setdefault(stratum, []).append(row + "\n")
         self.count += 1
         if self.count >= ROWS_HELD:
             self.flush()

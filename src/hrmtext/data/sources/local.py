@@ -9,14 +9,17 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from hrmtext.data.example import DEFAULT_CONDITION, Example
+from hrmtext.data.example import COLUMNS, DEFAULT_CONDITION, HISTORY, Example
 from hrmtext.data.parts import Part, open_parquet, read_lines
+from hrmtext.data.sources.chat import CHAT_KEYS, read_conversation, read_history
 from hrmtext.data.tokenizer import CONDITIONS
 from hrmtext.errors import DataError
 
 SUFFIXES = (".jsonl", ".parquet")
 ROWS_PER_BATCH = 1_000
 PLACES_KEPT = 5
+CHAT_EXTRAS = ("system", "tools", "functions")
+"""Columns beside a conversation that it does not stand without."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -110,6 +113,7 @@ def read_batches(
 ) -> Iterator[list[Example]]:
     """The usable rows of a JSONL or Parquet file, or of a part of it, in batches, in order.
 
+    A row is an instruction and a response, or a conversation (see `hrmtext.data.sources.chat`).
     An absent or null condition means `direct`; blank lines are no rows. Rows with malformed JSON,
     bytes that are not UTF-8, missing, doubled or wrong-typed fields, an unknown condition, an empty
     response, or NUL characters are added to `problems`, and so are lines too long to be rows.
@@ -140,6 +144,28 @@ def check_row(row: Any) -> Example | str:
     """The row as an Example with its condition in plain form, or what is wrong with it."""
     if not isinstance(row, dict):
         return "not a JSON object"
+    example = _as_conversation(row) if _is_conversation(row) else _as_pair(row)
+    if isinstance(example, str):
+        return example
+    plain = plain_condition(example.condition)
+    if plain is None:
+        return "unknown condition"
+    return check_text(example._replace(condition=plain))
+
+
+def _is_conversation(row: dict[str, Any]) -> bool:
+    return any(row.get(key) is not None for key in CHAT_KEYS) or (
+        "instruction" not in row and any(key in row for key in CHAT_KEYS)
+    )
+
+
+def _as_conversation(row: dict[str, Any]) -> Example | str:
+    if row.get("instruction") is not None or row.get("response") is not None:
+        return "both a conversation and an instruction or response"
+    return read_conversation(row)
+
+
+def _as_pair(row: dict[str, Any]) -> Example | str:
     for key in ("instruction", "response"):
         if key not in row:
             return f"missing {key}"
@@ -150,21 +176,27 @@ def check_row(row: Any) -> Example | str:
         condition = DEFAULT_CONDITION
     if not isinstance(condition, str):
         return "condition is not a string"
-    plain = plain_condition(condition)
-    if plain is None:
-        return "unknown condition"
-    return check_text(Example(plain, row["instruction"], row["response"]))
+    history = row.get(HISTORY)
+    if isinstance(history, str):  # as Parquet files hold it
+        try:
+            history = json.loads(history)
+        except (json.JSONDecodeError, RecursionError):
+            return "history is not JSON"
+    turns = read_history([] if history is None else history)
+    if isinstance(turns, str):
+        return turns
+    return Example(condition, row["instruction"], row["response"], turns)
 
 
 def check_text(example: Example) -> Example | str:
     """The example itself, or why no model can learn from its text."""
-    _, instruction, response = example
-    if not response or response.isspace():
-        return "empty response"
-    if "\0" in instruction or "\0" in response:
-        return "NUL character"
-    if not (_is_unicode(instruction) and _is_unicode(response)):
-        return "lone surrogate (not valid Unicode)"
+    for instruction, response, _ in example.turns() if example.history else (example[1:],):
+        if not response or response.isspace():
+            return "empty response"
+        if "\0" in instruction or "\0" in response:
+            return "NUL character"
+        if not (_is_unicode(instruction) and _is_unicode(response)):
+            return "lone surrogate (not valid Unicode)"
     return example
 
 
@@ -257,15 +289,26 @@ def _parquet_rows(
 def _parquet_columns(path: Path, schema: Any) -> list[str]:
     import pyarrow
 
-    for name in ("instruction", "response", "condition"):
+    names = [name for name in (*CHAT_KEYS, *COLUMNS, HISTORY, *CHAT_EXTRAS) if name in schema.names]
+    for name in names:
         if schema.names.count(name) > 1:
             raise DataError(f"{path} has {schema.names.count(name)} columns {name!r}, expected one")
-        if name not in schema.names:
-            if name == "condition":
-                return ["instruction", "response"]
-            raise DataError(
-                f"{path} has no column {name!r}; it has {', '.join(schema.names) or 'none'}"
-            )
+    chat = [name for name in CHAT_KEYS if name in names]
+    if chat:
+        for name in chat:
+            kind = schema.field(name).type
+            if not (pyarrow.types.is_list(kind) or pyarrow.types.is_large_list(kind)):
+                raise DataError(f"{path}: column {name!r} is {kind}, expected lists of messages")
+    else:
+        for name in ("instruction", "response"):
+            if name not in names:
+                raise DataError(
+                    f"{path} has no column {name!r}; it has {', '.join(schema.names) or 'none'}. "
+                    f"Expected instruction and response, or {' or '.join(CHAT_KEYS)}"
+                )
+    for name in (*COLUMNS, HISTORY):
+        if name not in names:
+            continue
         kind = schema.field(name).type
         if pyarrow.types.is_dictionary(kind):
             kind = kind.value_type
@@ -273,11 +316,11 @@ def _parquet_columns(path: Path, schema: Any) -> list[str]:
             pyarrow.types.is_string(kind)
             or pyarrow.types.is_large_string(kind)
             or pyarrow.types.is_string_view(kind)
-            or (name == "condition" and pyarrow.types.is_null(kind))
+            or (name in ("condition", HISTORY) and pyarrow.types.is_null(kind))
         )
         if not is_text:
             raise DataError(f"{path}: column {name!r} is {kind}, expected strings")
-    return ["instruction", "response", "condition"]
+    return names if chat else [name for name in names if name not in CHAT_EXTRAS]
 
 
 def _column_values(column: Any) -> Iterable[Any]:
