@@ -18,6 +18,8 @@ from hrmtext.generate.step import StepFunction, compiled_width, run_model
 from hrmtext.generate.stop import answer_lengths
 from hrmtext.model import Depth, HrmLM, KVCache, make_plan
 
+Blocks = Sequence[tuple[int, int]]
+"""(start, end) of each bidirectional block of a prompt, in order."""
 SHRINK_BELOW = 0.75
 """Rows leave the cache once this share or less is unfinished: the copy costs about two steps."""
 GROWTH = 1.5
@@ -58,6 +60,7 @@ def decode_batch(
     limits: Sequence[int],
     sampler: Sampler,
     settings: DecodeSettings,
+    blocks: Sequence[Blocks] | None = None,
 ) -> list[DecodedRow]:
     """Decode one answer a row; every prompt is read once, however many rows it has.
 
@@ -65,6 +68,7 @@ def decode_batch(
         step_model: the model, and how it takes a step.
         owners: (R) index in `prompts` of the prompt that row r answers.
         limits: (R) tokens that an answer may have; prompt and limit fit max_seq_len.
+        blocks: as for `prefill`.
 
     Raises:
         NonFiniteError: the logits of the prompts are NaN or infinite.
@@ -83,7 +87,7 @@ def decode_batch(
         final_capacity = int((lengths + row_limits).max())
         capacity = min(final_capacity, int(lengths.max()) + MIN_GROWTH_TOKENS)
     cache = KVCache(model.config, len(prompts), capacity, device=device, dtype=cache_dtype(model))
-    logits = prefill(model, cache, prompts, settings)
+    logits = prefill(model, cache, prompts, settings, blocks)
     if not bool(logits.isfinite().all()):
         raise NonFiniteError("the model's logits are NaN or infinite; are its weights damaged?")
     if list(owners) != list(range(len(prompts))):
@@ -124,14 +128,28 @@ def decode_batch(
 
 
 def prefill(
-    model: HrmLM, cache: KVCache, prompts: Sequence[Sequence[int]], settings: DecodeSettings
+    model: HrmLM,
+    cache: KVCache,
+    prompts: Sequence[Sequence[int]],
+    settings: DecodeSettings,
+    blocks: Sequence[Blocks] | None = None,
 ) -> torch.Tensor:
-    """Fill the cache with the prompts, packed without padding; (prompts, V) logits behind each."""
+    """Fill the cache with the prompts, packed without padding; (prompts, V) logits behind each.
+
+    Args:
+        blocks: for each prompt (start, end) of what sees itself bidirectionally, one for each user
+            turn of a conversation; None: each prompt is one block. A causal model has none.
+    """
     device = cache.device
     lengths = [len(prompt) for prompt in prompts]
-    layout = RowLayout.from_prefixes(
-        lengths, lengths if model.config.prefix_lm else [0] * len(lengths)
-    )
+    if blocks is None:
+        layout = RowLayout.from_prefixes(
+            lengths, lengths if model.config.prefix_lm else [0] * len(lengths)
+        )
+    else:
+        layout = RowLayout.from_blocks(
+            lengths, blocks if model.config.prefix_lm else [[] for _ in lengths]
+        )
     attention = make_plan(
         layout,
         device=device,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -15,7 +16,7 @@ from hrmtext.config.model import ModelConfig
 from hrmtext.data.tokenizer import PromptTokenizer
 from hrmtext.errors import BackendError, ConfigError, DataError
 from hrmtext.generate.choice import Steps
-from hrmtext.generate.decode import DecodeSettings, cache_dtype, decode_batch, prefill
+from hrmtext.generate.decode import Blocks, DecodeSettings, cache_dtype, decode_batch, prefill
 from hrmtext.generate.sampling import Sampler
 from hrmtext.generate.step import run_model
 from hrmtext.generate.stop import LENGTH, STOP, stop_ids, stop_table
@@ -153,11 +154,46 @@ class TextModel:
         Args:
             progress: called after every batch with the answers done and wanted.
         """
-        config = config or GenerateConfig()
         texts = [prompts] if isinstance(prompts, str) else list(prompts)
         if not texts:
             return []
-        encoded = self.tokenizer.encode_prompts(texts, condition)
+        return self.generate_ids(
+            self.tokenizer.encode_prompts(texts, condition), None, config,
+            stop_tokens=stop_tokens, depth=depth, with_logprobs=with_logprobs, progress=progress,
+        )  # fmt: skip
+
+    def chat(
+        self, messages: Sequence[Mapping[str, Any]], condition: str = "direct", **options: Any
+    ) -> str:
+        """The answer to a conversation that ends with the user's message.
+
+        `Conversation` goes on from there without reading all of it again.
+
+        Args:
+            messages: `{"role": "system" | "user" | "assistant", "content": text}`, oldest first.
+            options: fields of `GenerateConfig`.
+
+        Raises:
+            DataError: messages that make no conversation, or one that leaves no room to answer.
+        """
+        from hrmtext.generate.conversation import answer_conversations
+
+        config = build(GenerateConfig, options, where="chat")
+        return answer_conversations(self, [messages], condition, config)[0].text
+
+    def generate_ids(
+        self,
+        encoded: Sequence[list[int]],
+        blocks: Sequence[Blocks] | None,
+        config: GenerateConfig | None = None,
+        *,
+        stop_tokens: Sequence[int | str] | None = None,
+        depth: Depth | tuple[int, int] | None = None,
+        with_logprobs: bool = True,
+        progress: Callable[[int, int], None] | None = None,
+    ) -> list[Generated]:
+        """As `generate_tokens` for encoded prompts; `blocks` as for `prefill`."""
+        config = config or GenerateConfig()
         longest = self.config.max_seq_len - 1
         for index, ids in enumerate(encoded):
             if len(ids) > longest:
@@ -177,7 +213,7 @@ class TextModel:
         answers: list[Generated | None] = [None] * (len(encoded) * config.num_samples)
         for rows in self._batches(encoded, limits, config):
             for row, answer in zip(
-                rows, self._answer(rows, encoded, limits, config, settings), strict=True
+                rows, self._answer(rows, encoded, blocks, limits, config, settings), strict=True
             ):
                 answers[row] = answer
             if progress is not None:
@@ -188,6 +224,7 @@ class TextModel:
         self,
         rows: Sequence[int],
         encoded: Sequence[list[int]],
+        blocks: Sequence[Blocks] | None,
         limits: Sequence[int],
         config: GenerateConfig,
         settings: DecodeSettings,
@@ -210,6 +247,7 @@ class TextModel:
             [limits[owner] for owner in owners],
             sampler,
             settings,
+            None if blocks is None else [blocks[owner] for owner in unique],
         )
         spoken = self.tokenizer.decode_batch(
             [row.tokens[:-1] if row.stopped else row.tokens for row in decoded]
