@@ -12,6 +12,7 @@ import tyro
 from hrmtext import __version__
 from hrmtext.cli import (
     ablate,
+    chat,
     convert,
     data,
     doctor,
@@ -32,6 +33,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "eval": evaluate.evaluate,
     "ablate": ablate.ablate,
     "generate": generate.generate,
+    "chat": chat.chat,
     "selftest": selftest.selftest,
     "export": export.export,
     "convert": convert.convert,
