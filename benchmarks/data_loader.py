@@ -20,7 +20,8 @@ import numpy as np
 import torch
 from common import summary, write_result
 
-from hrmtext.data.format import INDEX_NAMES, SampledData, save_array
+from hrmtext.data.arrays import save_array
+from hrmtext.data.format import INDEX_NAMES, SampledData
 from hrmtext.data.loader import Loader
 from hrmtext.data.pack import plan_epoch
 

@@ -26,7 +26,8 @@ import numpy as np
 import torch
 from common import write_result
 
-from hrmtext.data.format import INDEX_NAMES, save_array
+from hrmtext.data.arrays import save_array
+from hrmtext.data.format import INDEX_NAMES
 
 CHILD = """
 import json, sys

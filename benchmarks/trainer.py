@@ -33,7 +33,8 @@ from train_step import L_BP_CYCLES, padded, quickstart_like_rows
 from hrmtext.config.base import build, to_mapping
 from hrmtext.config.model import ModelConfig, preset
 from hrmtext.config.train import TrainConfig
-from hrmtext.data.format import INDEX_NAMES, METADATA_FILE, TOKENS_FILE, save_array
+from hrmtext.data.arrays import save_array
+from hrmtext.data.format import INDEX_NAMES, METADATA_FILE, TOKENS_FILE
 from hrmtext.data.loader import GlobalBatch, Loader
 from hrmtext.train.source import FolderSource
 

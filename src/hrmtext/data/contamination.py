@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from hrmtext.data.format import Array, RowIndex, read_stratum, stratum_folders
+from hrmtext.data.arrays import Array
+from hrmtext.data.format import RowIndex, read_stratum, stratum_folders
 from hrmtext.data.ngrams import Ngrams, row_segments, rows_with_ngrams
 from hrmtext.data.parts import read_lines
 from hrmtext.data.sources.local import stratum_label

@@ -7,20 +7,17 @@ files (completion marker, report, stratum ids), which other readers ignore and o
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
-import os
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from hrmtext.config.model import round_up
+from hrmtext.data.arrays import Array, open_array
 from hrmtext.data.tokenizer import (
     BEGIN,
     CONDITIONS,
@@ -51,8 +48,6 @@ REPORT_FILE = "report.json"
 ROWS_PER_CHECK = 1 << 20
 VOCAB_MULTIPLE = 256
 """The model's vocabulary is the tokenizer's, padded up to a multiple of this."""
-
-Array = npt.NDArray[Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -325,84 +320,6 @@ def row_tokens(tokens: Array, index: RowIndex) -> Array:
     return np.concatenate(
         [tokens[a:b] for a, b in zip(starts.tolist(), stops.tolist(), strict=True)]
     )
-
-
-def open_array(path: Path) -> Array:
-    """A one-dimensional array of integers, memory-mapped; DataError if it is anything else."""
-    try:
-        array = np.load(path, mmap_mode="r", allow_pickle=False)
-    except FileNotFoundError:
-        raise DataError(f"no such file: {path}") from None
-    except (ValueError, OSError, EOFError) as error:
-        raise DataError(f"{path} is truncated or not a .npy file: {error}") from error
-    if array.ndim != 1 or array.dtype.kind not in "iu":
-        raise DataError(
-            f"{path} holds {array.dtype} of shape {array.shape}, expected one row of integers"
-        )
-    return array
-
-
-def read_chunks(array: Array, size: int) -> Iterator[Array]:
-    """The values of a memory-mapped array, `size` at a time, read without mapping them."""
-    assert isinstance(array, np.memmap) and isinstance(array.filename, str | os.PathLike)
-    with Path(array.filename).open("rb") as stream:
-        stream.seek(array.offset)
-        for at in range(0, len(array), size):
-            count = min(size, len(array) - at)
-            chunk = np.fromfile(stream, dtype=array.dtype, count=count)
-            if len(chunk) != count:
-                raise DataError(f"{array.filename} was cut short while it was read")
-            yield chunk
-
-
-def save_array(path: Path, array: Array) -> None:
-    """Write a one-dimensional array as .npy; a full disk raises an OSError that says so.
-
-    np.save does not: it writes behind Python's back and reports a count of bytes.
-    """
-    with ArrayWriter(path, array.dtype) as writer:
-        writer.write(array)
-
-
-class ArrayWriter:
-    """Writes a one-dimensional .npy file piece by piece, without knowing its length beforehand."""
-
-    def __init__(self, path: Path, dtype: npt.DTypeLike) -> None:
-        """Begin the file; its header says 0 values until it is closed."""
-        self.dtype = np.dtype(dtype)
-        self.count = 0
-        """Values written."""
-        self._stream = path.open("wb")
-        self._write_header()
-
-    def __enter__(self) -> ArrayWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                self._stream.seek(0)
-                self._write_header()
-                self._stream.flush()
-        finally:
-            with contextlib.suppress(OSError):  # of a full disk the first error is enough
-                self._stream.close()
-
-    def write(self, values: Array) -> None:
-        """Append values; they must be of the file's type already, or fit it."""
-        values = np.ascontiguousarray(values, dtype=self.dtype)
-        self._stream.write(values.view(np.uint8).data)
-        self.count += len(values)
-
-    def _write_header(self) -> None:
-        # numpy pads the header for a count of up to 21 digits, so its size does not change.
-        shape = {"descr": self.dtype.str, "fortran_order": False, "shape": (self.count,)}
-        np.lib.format.write_array_header_1_0(self._stream, shape)
 
 
 def read_json(path: Path) -> dict[str, Any]:

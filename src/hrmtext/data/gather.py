@@ -11,14 +11,12 @@ from typing import Any
 
 import numpy as np
 
+from hrmtext.data.arrays import Array, ArrayWriter, read_chunks
 from hrmtext.data.format import (
     EXTRA_NAMES,
     TOKENS_FILE,
-    Array,
-    ArrayWriter,
     RowIndex,
     Stratum,
-    read_chunks,
 )
 from hrmtext.data.mixture import RowHasher, Words
 from hrmtext.data.turns import FIELDS, TURN_START, TURNS_FILE, turns_of

@@ -12,10 +12,10 @@ from typing import Any
 import numpy as np
 
 from hrmtext.batch import PackedBatch, TokenTurn
+from hrmtext.data.arrays import Array
 from hrmtext.data.example import HISTORY, HeldOutRow
 from hrmtext.data.format import (
     METADATA_FILE,
-    Array,
     RowIndex,
     SampledData,
     read_json,

@@ -10,10 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from hrmtext.data.arrays import Array
 from hrmtext.data.format import (
     METADATA_FILE,
     TOKENIZER_INFO_FILE,
-    Array,
     RowIndex,
     SampledData,
     read_json,

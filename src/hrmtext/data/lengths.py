@@ -8,7 +8,8 @@ from collections.abc import Callable
 import numpy as np
 
 from hrmtext.config.data import LongRows, SamplingConfig
-from hrmtext.data.format import INDEX_NAMES, Array, RowIndex
+from hrmtext.data.arrays import Array
+from hrmtext.data.format import INDEX_NAMES, RowIndex
 from hrmtext.data.turns import TURN_COUNT, turns_of
 
 TOO_SHORT = "response too short"

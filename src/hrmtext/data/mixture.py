@@ -15,7 +15,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-from hrmtext.data.format import Array, RowIndex, row_tokens
+from hrmtext.data.arrays import Array
+from hrmtext.data.format import RowIndex, row_tokens
 from hrmtext.runtime.rng import keyed_seed, mix64, numpy_generator
 
 BIN_BITS = 12

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from hrmtext.data.format import Array, RowIndex, row_tokens
+from hrmtext.data.arrays import Array
+from hrmtext.data.format import RowIndex, row_tokens
 from hrmtext.errors import DataError
 from hrmtext.runtime.rng import keyed_seed
 

@@ -14,14 +14,13 @@ import numpy as np
 
 from hrmtext.config.base import to_mapping
 from hrmtext.config.data import SamplingConfig, StratumRule
+from hrmtext.data.arrays import Array, ArrayWriter
 from hrmtext.data.contamination import ContaminationFilter, benchmark_ngrams
 from hrmtext.data.format import (
     INDEX_NAMES,
     METADATA_FILE,
     REPORT_FILE,
     STRATUM_FILE,
-    Array,
-    ArrayWriter,
     read_stratum,
     read_tokenizer_info,
     stratum_folders,

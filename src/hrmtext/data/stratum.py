@@ -9,15 +9,9 @@ from typing import Any
 
 import numpy as np
 
+from hrmtext.data.arrays import Array, ArrayWriter, open_array, read_chunks
 from hrmtext.data.example import Example, Turn
-from hrmtext.data.format import (
-    INDEX_NAMES,
-    TOKENS_FILE,
-    Array,
-    ArrayWriter,
-    open_array,
-    read_chunks,
-)
+from hrmtext.data.format import INDEX_NAMES, TOKENS_FILE
 from hrmtext.data.parts import Part
 from hrmtext.data.sources.local import RowProblems, read_batches
 from hrmtext.data.tokenizer import PromptTokenizer

@@ -13,14 +13,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
+from hrmtext.data.arrays import Array
 from hrmtext.errors import DataError
-
-Array = npt.NDArray[Any]
 
 TURNS_FILE = "turns.npy"
 TURN_START, TURN_COUNT = "turn_start", "turn_count"
