@@ -145,7 +145,7 @@ class FolderSource:
 
     def _read_validation(self, config: TrainConfig) -> list[ValidationBatch]:
         folder = self.folder / "heldout"
-        if self.tokenizer_folder is None or not folder.is_dir():
+        if self.tokenizer_folder is None or not any(folder.glob("*.jsonl")):
             logger.warning("%s holds no held-out rows: training without validation", self.folder)
             return []
         tokenizer = PromptTokenizer.load(self.tokenizer_folder)
