@@ -24,6 +24,7 @@ from hrmtext.data.format import (
 from hrmtext.data.heldout import SAMPLED_KEY, condition_names
 from hrmtext.data.sources.local import RowProblems, find_files, read_batches, stratum_label
 from hrmtext.data.table import table_lines
+from hrmtext.data.turns import TURN_COUNT
 from hrmtext.errors import DataError
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
@@ -137,6 +138,7 @@ def _inspect_sampled(path: Path, epoch: int) -> Summary:
             "context": data.max_seq_len,
             "vocabulary": f"{data.info['vocab_size']:,}, padded {data.vocab_size:,}",
             "fingerprint": data.fingerprint,
+            **_turns_fact(index.num_rows, _earlier_turns(index)),
         },
     )
 
@@ -144,7 +146,7 @@ def _inspect_sampled(path: Path, epoch: int) -> Summary:
 def _inspect_tokenized(path: Path) -> Summary:
     info = read_tokenizer_info(path)
     names = condition_names(info)
-    strata, lengths = {}, []
+    strata, lengths, earlier = {}, [], 0
     conditions: collections.Counter[str] = collections.Counter()
     problems: collections.Counter[str] = collections.Counter()
     for folder in stratum_folders(path):
@@ -152,14 +154,16 @@ def _inspect_tokenized(path: Path) -> Summary:
         strata[stratum_label(stratum.name)] = _stratum(stratum.index)
         lengths.append(stratum.index.inst_len + stratum.index.resp_len)
         conditions.update(_conditions(stratum.tokens, stratum.index, names))
+        earlier += _earlier_turns(stratum.index)
         for reason, problem in stratum.marker.get("dropped", {}).items():
             problems[reason] += problem["rows"]
-    facts = {"vocabulary": f"{info['vocab_size']:,}"}
-    return _summary("tokenised", strata, np.concatenate(lengths), conditions, problems, facts)
+    all_lengths = np.concatenate(lengths)
+    facts = {"vocabulary": f"{info['vocab_size']:,}", **_turns_fact(len(all_lengths), earlier)}
+    return _summary("tokenised", strata, all_lengths, conditions, problems, facts)
 
 
 def _inspect_rows(path: Path) -> Summary:
-    strata, lengths = {}, []
+    strata, lengths, earlier = {}, [], 0
     conditions: collections.Counter[str] = collections.Counter()
     problems: collections.Counter[str] = collections.Counter()
     for name, file in find_files(path).items():
@@ -174,6 +178,7 @@ def _inspect_rows(path: Path) -> Summary:
                 for row in batch
             ]
             conditions.update(row.condition for row in batch)
+            earlier += sum(len(row.history) for row in batch)
             rows += len(batch)
             prompts += sum(size[0] for size in sizes)
             responses += sum(size[1] for size in sizes)
@@ -183,7 +188,20 @@ def _inspect_rows(path: Path) -> Summary:
             rows=rows, prompt_units=prompts, response_units=responses
         )
     all_lengths = np.concatenate([np.empty(0, np.int64), *lengths])
-    return _summary("cleaned", strata, all_lengths, conditions, problems, unit="characters")
+    facts = _turns_fact(len(all_lengths), earlier)
+    return _summary("cleaned", strata, all_lengths, conditions, problems, facts, "characters")
+
+
+def _earlier_turns(index: RowIndex) -> int:
+    return int(index.extras[TURN_COUNT].sum()) if TURN_COUNT in index.extras else 0
+
+
+def _turns_fact(num_rows: int, earlier: int) -> dict[str, Any]:
+    """How many turns there are; nothing where every row has one."""
+    if not earlier:
+        return {}
+    turns = num_rows + earlier
+    return {"turns": f"{turns:,} ({turns / num_rows:.1f} a row)"}
 
 
 def _summary(

@@ -15,12 +15,14 @@ from hrmtext.data.clean import SourceStratum, clean
 from hrmtext.data.example import Example, Turn
 from hrmtext.data.format import SampledData, read_stratum
 from hrmtext.data.heldout import load_rows, read_held_out, validation_batches
+from hrmtext.data.inspect import inspect
 from hrmtext.data.lengths import NO_ROOM
 from hrmtext.data.loader import Loader
 from hrmtext.data.prepare import prepare
 from hrmtext.data.sample import sample
 from hrmtext.data.sources.local import RowProblems, read_batches
 from hrmtext.data.tokenize import tokenize_files
+from hrmtext.data.turns import turns_of
 from hrmtext.errors import DataError
 
 
@@ -71,6 +73,68 @@ def test_a_public_reader_sees_the_last_answer_and_ours_every_turn(tokenized, tok
         assert [turn[:2] for turn in kept] == [(list(p), list(r)) for p, r, _ in turns]
     assert not (tokenized / "a_pairs.jsonl" / "turn_count.npy").exists()
     assert not (tokenized / "a_pairs.jsonl" / "turns.npy").exists()
+
+
+@pytest.mark.parametrize("part_bytes", [2_000, 9_000])
+def test_turns_do_not_depend_on_the_parts_a_file_is_cut_into(
+    tokenizer, texts, tmp_path, part_bytes
+):
+    (tmp_path / "clean").mkdir()
+    pair = Example("direct", *texts[:2])
+    rows = [*[pair] * 9, *conversations(texts, 20), *[pair] * 9, *conversations(texts, 9, 1)]
+    write(tmp_path / "clean" / "chat.jsonl", rows)
+    write(tmp_path / "clean" / "pairs.jsonl", [pair] * 30)
+    tokenize_files(tmp_path / "clean", tmp_path / "whole", tokenizer, num_workers=1)
+    tokenize_files(tmp_path / "clean", tmp_path / "parts", tokenizer, part_bytes=part_bytes)
+    for name in ("chat.jsonl", "pairs.jsonl"):
+        files = sorted(p.name for p in (tmp_path / "whole" / name).glob("*.npy"))
+        assert ("turns.npy" in files) == (name == "chat.jsonl")
+        assert files == sorted(p.name for p in (tmp_path / "parts" / name).glob("*.npy"))
+        for file in files:
+            whole, parts = (np.load(tmp_path / kind / name / file) for kind in ("whole", "parts"))
+            assert whole.dtype == parts.dtype and np.array_equal(whole, parts), file
+    assert [len(row.history) for row in rows] == np.load(
+        tmp_path / "parts" / "chat.jsonl" / "turn_count.npy"
+    ).tolist()
+
+
+def test_a_budget_tells_rows_apart_that_learn_other_answers(tokenizer, texts, tmp_path):
+    """Rows of the same tokens: which of them a budget takes does not depend on the files."""
+    marks = [(a, b) for a in (True, False) for b in (True, False)]
+    rows = [
+        Example("direct", *texts[:2], (Turn(*texts[2:4], a), Turn(*texts[4:6], b)))
+        for a, b in marks
+    ]
+    taken = []
+    for order in (rows, rows[::-1]):
+        root = tmp_path / str(len(taken))
+        (root / "clean").mkdir(parents=True)
+        write(root / "clean" / "chat.jsonl", order)
+        tokenize_files(root / "clean", root / "tokenized", tokenizer)
+        length = read_stratum(root / "tokenized" / "chat.jsonl").index.num_tokens // 4
+        config = SamplingConfig(
+            epochs=4, max_seq_len=4096, rules=(StratumRule(prefix="", tokens=length),)
+        )
+        sample(root / "tokenized", root / "sampled", config)
+        data = SampledData.open(root / "sampled")
+        epochs = [data.epoch(number) for number in range(4)]
+        flags = [turns_of(epoch.extras, data.turns).of_row(0) for epoch in epochs]
+        assert [epoch.num_rows for epoch in epochs] == [1] * 4
+        taken.append([(first[2], second[2]) for first, second in flags])
+    assert taken[0] == taken[1] and sorted(taken[0]) == sorted(marks)
+
+
+def test_inspection_counts_turns(tokenized, texts, rows):
+    root = tokenized.parent
+    turns = sum(len(row.turns()) for row in [*rows, *conversations(texts, 20, 1)]) + 3
+    for folder in (root / "clean", root / "tokenized"):
+        found = inspect(folder)
+        assert found.rows == 83 and found.facts["turns"].startswith(f"{turns:,} "), folder
+    sample(root / "tokenized", root / "inspected", SamplingConfig(epochs=1, max_seq_len=1 << 15))
+    assert inspect(root / "inspected").facts["turns"] == inspect(tokenized).facts["turns"]
+    (root / "few").mkdir()
+    write(root / "few" / "pairs.jsonl", [Example("direct", *texts[:2])])
+    assert "turns" not in inspect(root / "few").facts
 
 
 def turns_by_prompt(tokenizer, rows):
