@@ -229,6 +229,8 @@ class TokenizerConfig:
     """A tokenizer.json or its folder; None: train one on the cleaned rows."""
     vocab_size: int = 65_536
     """Entries of a trained vocabulary, the 31 special tokens and 256 bytes included."""
+    allow_fewer: bool = False
+    """Train a smaller vocabulary where the texts do not give `vocab_size` entries; else, stop."""
     max_rows_per_stratum: int | None = 100_000
     """Rows of each stratum that training reads, spread evenly over it; None: all."""
     max_chars_per_text: int = 10_000

@@ -276,7 +276,10 @@ def _make_tokenizer(config: DataConfig, folder: Path) -> PromptTokenizer:
     texts = training_texts(
         folder, config.tokenizer.max_rows_per_stratum, config.tokenizer.max_chars_per_text
     )
-    return PromptTokenizer(train_tokenizer(texts, config.tokenizer.vocab_size))
+    trained = train_tokenizer(
+        texts, config.tokenizer.vocab_size, allow_fewer=config.tokenizer.allow_fewer
+    )
+    return PromptTokenizer(trained)
 
 
 def training_texts(

@@ -18,6 +18,7 @@ from hrmtext.config.base import nearest
 from hrmtext.data.example import DEFAULT_CONDITION, Turn
 from hrmtext.errors import DataError
 from hrmtext.runtime.io import fingerprint, write_json, write_text
+from hrmtext.runtime.log import logger
 
 SPECIAL_TOKENS: tuple[str, ...] = (
     "<|PAD|>", "<|direct|>", "<|cot|>", "<|noisy|>", "<|synth|>", "<|endoftext|>",
@@ -85,11 +86,16 @@ def prompt_text(instruction: str, condition: str = DEFAULT_CONDITION) -> str:
     return BEGIN + head + instruction + PROMPT_END
 
 
-def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Train a byte-level BPE tokenizer with exactly `vocab_size` entries.
+def train_tokenizer(
+    texts: Iterable[str], vocab_size: int, *, allow_fewer: bool = False
+) -> Tokenizer:
+    """Train a byte-level BPE tokenizer with `vocab_size` entries.
 
     NFC, Qwen's split pattern with single digits, no prefix space; the special tokens hold the
     first ids and all 256 bytes are in the alphabet.
+
+    Args:
+        allow_fewer: take as many entries as the texts give, and log how many those are.
 
     Raises:
         DataError: `vocab_size` below 287, or the texts are too few to fill it.
@@ -117,10 +123,10 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     tokenizer.train_from_iterator(texts, trainer)
     reached = tokenizer.get_vocab_size()
     if reached != vocab_size:
-        raise DataError(
-            f"the texts give {reached} vocabulary entries, {vocab_size} were asked for; "
-            f"lower vocab_size to at most {reached} or give more text"
-        )
+        fewer = f"the texts give {reached} vocabulary entries, {vocab_size} were asked for"
+        if not allow_fewer:
+            raise DataError(f"{fewer}; lower vocab_size to at most {reached} or give more text")
+        logger.warning("%s: the tokenizer has %d", fewer, reached)
     return tokenizer
 
 

@@ -40,6 +40,15 @@ def test_too_little_text_and_too_small_sizes_are_refused(texts):
         train_tokenizer(texts, 286)
 
 
+def test_a_smaller_vocabulary_is_trained_where_it_is_allowed_and_said(texts, caplog):
+    trained = train_tokenizer(texts[:2], 5000, allow_fewer=True)
+    with pytest.raises(DataError, match=f"the texts give {trained.get_vocab_size()} "):
+        train_tokenizer(texts[:2], 5000)
+    assert f"the tokenizer has {trained.get_vocab_size()}" in caplog.text
+    full = train_tokenizer(texts, 300, allow_fewer=True)
+    assert full.to_str() == train_tokenizer(texts, 300).to_str()
+
+
 def test_training_is_deterministic(texts):
     assert train_tokenizer(texts, 400).to_str() == train_tokenizer(iter(texts), 400).to_str()
 
