@@ -266,7 +266,7 @@ def test_a_rank_that_stands_still_is_noticed_and_the_run_goes_on(whole, data, tm
     text = said(tmp_path / "log")["log.0"]
     pattern = (
         r"error: rank 0 of 2, in (step|validation|checkpoint) \d+: no headway for .* more than "
-        r"rank_timeout_s=2; it waits for the other ranks in \w+ \(runtime/dist.py|train/parallel"
+        r"rank_timeout_s=2; it waits for the other ranks in \w+ \(runtime/dist.py|parallel/group"
     )
     assert re.search(pattern, text) and "most recent call first" in text, text
     ranks[1].kill()

@@ -53,11 +53,18 @@ def save_model(
     """
     folder = Path(folder)
     _check_tensors(config, weights, f"weights for {folder.name}")
-    write_text(folder / CONFIG_FILE, config_text(config))
+    write_description(folder, config, tokenizer_folder)
     write_tensors(folder / WEIGHTS_FILE, weights)
     if ema is not None:
         _check_tensors(config, ema, f"EMA weights for {folder.name}")
         write_tensors(folder / EMA_FILE, {name: tensor.float() for name, tensor in ema.items()})
+
+
+def write_description(
+    folder: Path, config: ModelConfig, tokenizer_folder: str | Path | None
+) -> None:
+    """Write what a native model folder holds beside its weights; raises as `save_model`."""
+    write_text(folder / CONFIG_FILE, config_text(config))
     if tokenizer_folder is not None:
         with explain_storage_errors(folder):
             for name in TOKENIZER_FILES:

@@ -21,6 +21,7 @@ HARMLESS_KEYS = frozenset({
     "checkpoint_every", "checkpoint_minutes", "keep_last", "keep_every", "keep_best",
     "validate_every", "validation_rows", "log_every", "tensorboard", "trackers", "rank_timeout_s",
     "stability", "stability_limits", "telemetry_every",
+    "parallel", "shard_size", "checkpoint_async",
 })  # fmt: skip
 """Keys that may change between a checkpoint and its resumption: none alters what is computed, but
 for the stability guard, which a run in trouble must be able to turn on or adjust."""
@@ -187,11 +188,19 @@ class TrainConfig:
     far outside what the run is used to, `log` only says so. A healthy run is not touched."""
     stability_limits: StabilityLimits = dataclasses.field(default_factory=StabilityLimits)
     """What counts as far outside."""
+    parallel: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
+    """How several ranks share a step. ddp: each holds everything; fsdp: weights, gradients and
+    optimizer state are spread over all ranks; hsdp: over `shard_size` ranks, with a copy on each
+    such group. auto: none on one rank, fsdp on CUDA, ddp on the CPU, hsdp with `shard_size`."""
+    shard_size: int | None = None
+    """hsdp: ranks that share one copy of the weights; null: those of a node."""
 
     checkpoint_every: int = 1_000
     """Steps between checkpoints; one is also written at the end and at Ctrl-C or SIGTERM."""
     checkpoint_minutes: float | None = None
     """Write a checkpoint as well when the last one is older than this; None: by steps alone."""
+    checkpoint_async: bool | Literal["auto"] = "auto"
+    """Copy the state to the host's memory and write it while training goes on; auto: on CUDA."""
     keep_last: int = 2
     """Newest checkpoints that are kept."""
     keep_every: int = 0
@@ -227,7 +236,7 @@ class TrainConfig:
         )  # fmt: skip
         for name in not_negative:
             _check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
-        for name in ("max_steps", "max_minutes", "checkpoint_minutes", "bin_tokens"):
+        for name in ("max_steps", "max_minutes", "checkpoint_minutes", "bin_tokens", "shard_size"):
             value = getattr(self, name)
             _check(name, value, value is None or value > 0, "above 0, or null")
         _check("lr", self.lr, self.lr > 0, "above 0")

@@ -34,7 +34,7 @@ class GlobalBatch:
     epoch: int
     """Epoch, from 0; beyond the folder's epochs it goes on counting."""
     bins: list[PackedBatch]
-    """This rank's bins; every rank has as many, at an epoch's end with `padding_bin`s."""
+    """This rank's bins; every rank has as many, filled up with `padding_bin`s."""
     num_supervised_tokens: int
     """Tokens that bear loss, over all ranks."""
     num_tokens: int
@@ -78,14 +78,14 @@ class Loader:
         Args:
             batch_tokens: most input tokens of a global batch, over all ranks.
             bin_tokens: most input tokens of a bin; None: the whole batch is one bin.
-            rank, world_size: bin b goes to rank b % world_size.
+            rank, world_size: bin b goes to rank b % world_size; ranks short of one get padding.
             pad_to: pad every bin to this many tokens; None: no padding.
             prefix_lm: False makes rows causal.
             supervise_prompts: prompt tokens bear loss too; for causal rows only.
             prefetch: batches that a background thread prepares ahead; 0: none.
 
         Raises:
-            ConfigError: sizes that do not fit each other or the number of ranks.
+            ConfigError: sizes that do not fit each other, or no such rank.
         """
         bin_tokens = batch_tokens if bin_tokens is None else bin_tokens
         if not 1 <= bin_tokens <= batch_tokens:
@@ -94,13 +94,6 @@ class Loader:
             )
         if not 0 <= rank < world_size:
             raise ConfigError(f"rank is {rank}, expected 0 to world_size - 1 = {world_size - 1}")
-        num_bins = batch_tokens // bin_tokens
-        if num_bins % world_size:
-            raise ConfigError(
-                f"a batch of {batch_tokens} tokens has {num_bins} bins of {bin_tokens}, which "
-                f"{world_size} ranks cannot share evenly; lower bin_tokens, for example to "
-                f"{max(1, batch_tokens // (-(-num_bins // world_size) * world_size))}"
-            )
         if pad_to is not None and pad_to < bin_tokens:
             raise ConfigError(f"pad_to is {pad_to}, expected at least bin_tokens = {bin_tokens}")
         if prefetch < 0:
@@ -195,7 +188,8 @@ class Loader:
         rounds = -(-filled // self.world_size)
         bins = []
         for step in range(rounds):
-            which = epoch.order[plan.bin(index, step * self.world_size + self.rank)]
+            number = step * self.world_size + self.rank
+            which = epoch.order[plan.bin(index, number)] if number < filled else epoch.order[:0]
             if not len(which):  # this rank still takes part in the step
                 bins.append(padding_bin(self.pad_to or 1))
                 continue

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -53,11 +54,23 @@ def init_weights(model: HrmLM, seed: int) -> None:
 
     All but the embedding are 1/sqrt(fan_in). Source: paper and public training code.
     """
+    for (_, drawn), weight in zip(
+        initial_weights(model, seed), model.state_dict().values(), strict=True
+    ):
+        weight.copy_(drawn)
+
+
+@torch.no_grad()
+def initial_weights(model: HrmLM, seed: int) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and whole tensors of `init_weights`, one after the other, fp32 on the CPU.
+
+    Only the shapes of `model` matter; it may lie on meta, or be spread over ranks.
+    """
     for name, weight in model.state_dict().items():
         generator = torch_generator(seed, "init", name)
         drawn = torch.empty(weight.shape, dtype=torch.float32)
         torch.nn.init.trunc_normal_(drawn, 0.0, 1.0, -CUT, CUT, generator=generator)
-        weight.copy_(drawn * (_std(name, weight) / CUT_STD))
+        yield name, drawn.mul_(_std(name, weight) / CUT_STD)
 
 
 def _std(name: str, weight: torch.Tensor) -> float:

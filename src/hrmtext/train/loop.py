@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from pathlib import Path
 from typing import Any, Literal
@@ -14,7 +13,6 @@ from hrmtext.config.base import build, dump_yaml, to_mapping
 from hrmtext.config.train import TrainConfig
 from hrmtext.data.loader import GlobalBatch
 from hrmtext.errors import CheckpointError, ConfigError, TrainingInterrupted
-from hrmtext.model import build_model
 from hrmtext.model.depth import Depth
 from hrmtext.model.flops import training_flops
 from hrmtext.runtime import dist
@@ -22,45 +20,25 @@ from hrmtext.runtime.compile import compile_blocks
 from hrmtext.runtime.device import pick_device, pick_training_dtype
 from hrmtext.runtime.log import logger
 from hrmtext.runtime.memory import release_free_memory
-from hrmtext.train.checkpoint import RunIdentity, load_checkpoint, save_checkpoint
+from hrmtext.train.build import build_compute
+from hrmtext.train.checkpoint import CheckpointWriter, RunIdentity, load_checkpoint
 from hrmtext.train.elastic import num_losses
 from hrmtext.train.metrics import Interval, MetricsLog, Stopwatch, device_use
 from hrmtext.train.optim import AdamAtan2
 from hrmtext.train.parallel import any_rank, process_group, wait_for_all
-from hrmtext.train.precision import ComputeModel
 from hrmtext.train.progress import TrainingProgress
 from hrmtext.train.report import write_report
 from hrmtext.train.schedule import depth_at, learning_rate
 from hrmtext.train.signals import StopRequest
 from hrmtext.train.source import DataSource, FolderSource, check_data
-from hrmtext.train.start import start_from
-from hrmtext.train.state import TrainState
+from hrmtext.train.start import start_from, warn_of_slow_average
+from hrmtext.train.state import TrainResult, TrainState
 from hrmtext.train.step import StepResult, TrainStep
-from hrmtext.train.validate import Validation, validate
+from hrmtext.train.validate import Validation, validate_both
 from hrmtext.train.watchdog import GROUP_MARGIN, Watchdog, explain_lost_ranks
 
 Resume = Literal["auto", "never", "must"]
 STEPS_PER_MEMORY_RELEASE = 100
-
-MAX_INITIAL_SHARE = 0.05
-"""A final average that holds more of the initial weights than this is worth a warning."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TrainResult:
-    """How a run ended."""
-
-    run_folder: Path
-    checkpoint: Path
-    """The last one."""
-    step: int
-    total_steps: int
-    tokens: int
-    elapsed_s: float
-    """Training time over all interruptions."""
-    stopped_by: Literal["end", "max_minutes"]
-    validation: Validation | None
-    """The last one of this session; None where nothing was left to do, or without held-out rows."""
 
 
 def train(
@@ -154,19 +132,24 @@ class Session:
             precision="bf16" if dtype == torch.bfloat16 else "fp32",
             total_steps=self.total_steps,
         )
-        model = build_model(self.model_config, seed=config.seed, device=device)
+        self.compute = build_compute(config, dtype, device)
+        shards = self.compute.shards
         optimizer = AdamAtan2(
-            model.parameters(),
+            shards.parameters.values(),
             lr=config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,
             ema_decay=config.ema_decay,
             kernel=config.optimizer_kernel,
         )
-        self.state = TrainState(model=model, optimizer=optimizer)
-        self.compute = ComputeModel(model, dtype)
+        self.state = TrainState(model=self.compute.master, optimizer=optimizer, shards=shards)
         self.step = TrainStep(self.compute, optimizer, config, device)
         self.loader = source.loader(config, dist.rank(), dist.world_size())
+        wanted = config.checkpoint_async
+        self.checkpoints = CheckpointWriter(
+            folder, shards, self.identity, source.tokenizer_folder,
+            in_background=device.type == "cuda" if wanted == "auto" else wanted,
+        )  # fmt: skip
         self.interval = Interval(device)
         self.watch = Stopwatch()
         self.last_validation: Validation | None = None
@@ -195,14 +178,7 @@ class Session:
             self.interval.restore(self.state.interval)
             self.step.watch.restore(self.state.stability)
             logger.info("resuming at step %d from %s", self.state.step, checkpoint)
-        kept = self.config.ema_decay**self.total_steps
-        if kept > MAX_INITIAL_SHARE and self.config.init_from is None:
-            logger.warning(
-                "ema_decay=%g is slow for %d steps: at the end %.0f%% of the average are still the "
-                "initial weights. Lower it to %.4g or less, or look at the raw weights",
-                self.config.ema_decay, self.total_steps, 100 * kept,
-                MAX_INITIAL_SHARE ** (1 / self.total_steps),
-            )  # fmt: skip
+        warn_of_slow_average(self.config, self.total_steps)
         compile_blocks(
             self.compute.module,
             self.config.compile,
@@ -231,11 +207,13 @@ class Session:
             log = MetricsLog.of(self.folder, self.config, resumed_step=self.state.step)
         try:
             stopped_by = self._steps(log, shown)
+            self.checkpoints.finish()
         except TrainingInterrupted:
             if self.is_writer:
                 write_report(self.folder)
             raise
         finally:
+            self.checkpoints.writer.close()
             shown.close()
             if log is not None:
                 log.close()
@@ -265,6 +243,7 @@ class Session:
             if self._out_of_time():
                 stopped_by = "max_minutes"
                 break
+            self.checkpoints.writer.check()
             self.watchdog.beat("step", self.state.step + 1)
             self._one_step(next(batches), log, shown)
             step, config = self.state.step, self.config
@@ -280,6 +259,7 @@ class Session:
                 self._save(log)
                 saved = step
             if interrupted and not is_last:
+                self.checkpoints.finish()
                 raise TrainingInterrupted(
                     f"{self.stop.signal_name or 'a signal on another rank'}: stopped after step "
                     f"{step} of {self.total_steps}; the checkpoint "
@@ -381,17 +361,8 @@ class Session:
         if not batches:
             return
         self.watchdog.beat("validation", self.state.step)
-        results = {}
-        for name, weights in (("raw", None), ("ema", self.state.optimizer.averages())):
-            with self.compute.using(weights) as module:
-                results[name] = validate(
-                    module,
-                    batches,
-                    device=self.device,
-                    dtype=self.compute.dtype,
-                    backend=self.config.attention,
-                    chunk_bytes=self.config.loss_chunk_bytes,
-                )
+        averages = self.state.optimizer.averages()
+        results = validate_both(self.compute, averages, batches, self.config, self.device)
         self.last_validation = Validation(self.state.step, results["raw"], results["ema"])
         if log is not None:
             log.write(self.last_validation.record())
@@ -409,12 +380,9 @@ class Session:
         self.state.cursor = self.loader.state()
         self.state.interval = self.interval.state()
         self.state.stability = self.step.watch.state()
-        if self.is_writer:
-            if log is not None:
-                log.sync()
-            last = self.last_validation
-            loss = last.ema["loss"] if last is not None and last.step == self.state.step else None
-            tokenizer = self.source.tokenizer_folder
-            save_checkpoint(self.folder, self.state, self.identity, tokenizer, loss)
-        wait_for_all()
+        if log is not None:
+            log.sync()
+        last = self.last_validation
+        loss = last.ema["loss"] if last is not None and last.step == self.state.step else None
+        self.checkpoints.save(self.state, loss)
         self.saved_at = time.perf_counter()

@@ -9,12 +9,17 @@ from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, TypeVar
 
 import torch
 
 from hrmtext.errors import ConfigError
 from hrmtext.model import HrmLM
+from hrmtext.train.parallel.group import sum_gradients
+from hrmtext.train.parallel.shards import Shards
+
+Result = TypeVar("Result")
 
 
 class ComputeModel:
@@ -33,6 +38,20 @@ class ComputeModel:
             zip(master.parameters(), self.module.parameters(), strict=True)
         )
         self._buffers: dict[int, torch.Tensor] = {}
+        self.shards = Shards.whole(master)
+
+    def call(self, function: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
+        """`function(module, ...)`, ready for a backward pass."""
+        return function(self.module, *arguments, **named)
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Add the gradients of a microbatch to the master's."""
+        loss.backward()
+        self.collect_gradients()
+
+    def reduce(self) -> None:
+        """Sum the gradients over all ranks."""
+        sum_gradients(list(self.shards.parameters.values()))
 
     def clear_gradients(self) -> None:
         """Set every gradient to None: a parameter that gets none must be seen to have none."""

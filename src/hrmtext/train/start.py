@@ -11,15 +11,17 @@ import torch
 from hrmtext.artifacts.hub import local_path
 from hrmtext.artifacts.opening import open_stored
 from hrmtext.artifacts.stored import StoredModel
-from hrmtext.artifacts.weights import read_tensors
 from hrmtext.config.base import build, read_values, to_mapping
 from hrmtext.config.model import ModelConfig
 from hrmtext.config.train import TrainConfig
 from hrmtext.data.tokenizer import PromptTokenizer
 from hrmtext.errors import ConfigError
 from hrmtext.runtime.log import logger
-from hrmtext.train.checkpoint import OPTIMIZER_FILE
+from hrmtext.train.moments import OPTIMIZER_FILE, has_moments, open_moments
 from hrmtext.train.state import TrainState
+
+MAX_INITIAL_SHARE = 0.05
+"""A final average that holds more of the initial weights than this is worth a warning."""
 
 _MAY_DIFFER = frozenset({"max_seq_len", "expansion", "intermediate_size", "embedding_scale"})
 """Fields that do not decide the shape, or do so through a derived value that is compared."""
@@ -53,6 +55,17 @@ def load_config(path: str | Path | None, overrides: Sequence[str] = ()) -> Train
     return build(TrainConfig, values, where=str(path) if path is not None else "overrides")
 
 
+def warn_of_slow_average(config: TrainConfig, total_steps: int) -> None:
+    """Say so where the average of a run from fresh weights will hold too much of those."""
+    kept = config.ema_decay**total_steps
+    if kept > MAX_INITIAL_SHARE and config.init_from is None:
+        logger.warning(
+            "ema_decay=%g is slow for %d steps: at the end %.0f%% of the average are still the "
+            "initial weights. Lower it to %.4g or less, or look at the raw weights",
+            config.ema_decay, total_steps, 100 * kept, MAX_INITIAL_SHARE ** (1 / total_steps),
+        )  # fmt: skip
+
+
 @torch.no_grad()
 def start_from(config: TrainConfig, state: TrainState, tokenizer_folder: Path | None) -> str:
     """Bring `state` to the weights that `config.init_from` names; the average starts there too.
@@ -71,20 +84,20 @@ def start_from(config: TrainConfig, state: TrainState, tokenizer_folder: Path | 
     stored = open_stored(local_path(config.init_from), config.init_weights)
     _require_same_shape(config, stored)
     _require_same_tokenizer(config, stored, tokenizer_folder)
-    for name, tensor in state.model.state_dict().items():
-        tensor.copy_(stored.tensor(name))
+    for name in (*state.names(), *state.shards.buffers):
+        state.shards.assign(name, stored.tensor(name))
     what = {"only": "weights", "raw": "raw weights", "ema": "EMA weights"}[stored.weights]
     averages = dict(zip(state.names(), state.optimizer.averages(), strict=True))
     for name, parameter in state.names().items():
         averages[name].copy_(parameter)
     if config.init_optimizer:
-        file = stored.folder / OPTIMIZER_FILE
-        if not file.is_file():
+        if not has_moments(stored.folder):
             raise ConfigError(
                 f"init_optimizer is set, but {stored.folder} holds no optimizer state "
                 f"({OPTIMIZER_FILE}); name a checkpoint of hrm-text, or leave it out"
             )
-        state.optimizer.import_state(state.names(), read_tensors(file), state.names())
+        moments = open_moments(stored.folder, state.shards)
+        state.optimizer.import_state(state.names(), moments, state.names())
         what += " and optimizer state"
     return f"{what} of {stored.folder} ({stored.kind})"
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import torch
 
 from hrmtext.model import HrmLM
 from hrmtext.train.optim import AdamAtan2
+from hrmtext.train.parallel import Shards
+from hrmtext.train.validate import Validation
 
 
 @dataclasses.dataclass
@@ -21,6 +24,8 @@ class TrainState:
     model: HrmLM
     """fp32 master weights."""
     optimizer: AdamAtan2
+    shards: Shards = None  # pyrefly: ignore[bad-assignment]
+    """The optimizer's parameters; by default all of `model`, whole."""
     step: int = 0
     """Optimizer steps done."""
     tokens: int = 0
@@ -36,11 +41,34 @@ class TrainState:
     stability: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The stability guard's running statistics and counts."""
 
+    def __post_init__(self) -> None:
+        if self.shards is None:
+            self.shards = Shards.whole(self.model)
+
     def names(self) -> dict[str, torch.nn.Parameter]:
-        """Parameters by name, in the order of the optimizer."""
-        return dict(self.model.named_parameters())
+        """The optimizer's parameters by name, in its order: this rank's chunks."""
+        return self.shards.parameters
 
     def average(self) -> dict[str, torch.Tensor]:
         """The EMA weights under the names of the model's state, buffers included."""
-        averaged = dict(zip(self.names(), self.optimizer.averages(), strict=True))
-        return {**self.model.state_dict(), **averaged}
+        return {
+            **self.shards.buffers,
+            **dict(zip(self.names(), self.optimizer.averages(), strict=True)),
+        }
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainResult:
+    """How a run ended."""
+
+    run_folder: Path
+    checkpoint: Path
+    """The last one."""
+    step: int
+    total_steps: int
+    tokens: int
+    elapsed_s: float
+    """Training time over all interruptions."""
+    stopped_by: Literal["end", "max_minutes"]
+    validation: Validation | None
+    """The last one of this session; None where nothing was left to do, or without held-out rows."""

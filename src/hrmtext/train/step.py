@@ -6,11 +6,12 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Iterator
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
 from hrmtext.config.train import TrainConfig
+from hrmtext.data.collate import padding_bin
 from hrmtext.data.loader import GlobalBatch
 from hrmtext.errors import NonFiniteError
 from hrmtext.model.depth import Depth
@@ -18,12 +19,14 @@ from hrmtext.model.layers import BlockCall
 from hrmtext.train.loss import NUM_SUMS, Microbatch, forward_loss, step_sums
 from hrmtext.train.modules import Modules
 from hrmtext.train.optim import AdamAtan2
-from hrmtext.train.parallel import sum_gradients
 from hrmtext.train.precision import ComputeModel
 from hrmtext.train.recompute import recomputing
 from hrmtext.train.stability import Observation
 from hrmtext.train.telemetry import CallProbe
 from hrmtext.train.watch import StepWatch
+
+if TYPE_CHECKING:
+    from hrmtext.train.parallel.sharded import ShardedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,15 +47,18 @@ class TrainStep:
     """The step of a run; holds the module that computes and the optimizer."""
 
     def __init__(
-        self, compute: ComputeModel, optimizer: AdamAtan2, config: TrainConfig, device: torch.device
+        self,
+        compute: ComputeModel | ShardedModel,
+        optimizer: AdamAtan2,
+        config: TrainConfig,
+        device: torch.device,
     ) -> None:
         self.compute = compute
         self.optimizer = optimizer
         self.config = config
         self.device = device
         self.call_block = recomputing(compute.module, config.activation_checkpointing)
-        self._parameters = list(compute.master.parameters())
-        modules = Modules(dict(compute.master.named_parameters()))
+        modules = Modules(compute.shards.parameters, compute.shards.sum_over_shards)
         self.watch = StepWatch(modules, optimizer, config)
         self._probe: CallProbe | None = None
 
@@ -69,7 +75,9 @@ class TrainStep:
         if every and (step + 1) % every == 0:
             self._probe = CallProbe(self.compute.module, depth)
         sums = self.accumulate(batch, depth)
-        sum_gradients(self._parameters)
+        inside = None if self._probe is None else self._probe.measurements()
+        self._probe = None
+        self.compute.reduce()
         seen = self.watch.observe(sums, batch.num_supervised_tokens)
         norm = seen.gradient_norm
         if not (math.isfinite(norm) and math.isfinite(seen.loss)):
@@ -83,10 +91,9 @@ class TrainStep:
             self.watch.visit()
             self.compute.refresh()
         records: list[dict[str, Any]] = [decision.record] if decision.record is not None else []
-        if self._probe is not None:
+        if inside is not None:
             modules = self.watch.module_telemetry(seen, lr=used_lr)
-            records.append({"kind": "telemetry", **self._probe.measurements(), **modules})
-            self._probe = None
+            records.append({"kind": "telemetry", **inside, **modules})
         for record in records:
             record["step"] = step + 1
         return StepResult(sums, norm, used_lr, records)
@@ -96,9 +103,9 @@ class TrainStep:
         self.compute.clear_gradients()
         sums = torch.zeros(NUM_SUMS, dtype=torch.float64, device=self.device)
         scale = 1.0 / max(1, batch.num_supervised_tokens)
-        for packed in batch.bins:
-            if not packed.layout.lengths:  # padding alone, at the end of an epoch
-                continue
+        # A rank that is short of a bin takes part all the same, with one that bears no loss.
+        bins = [packed for packed in batch.bins if packed.layout.lengths] or [padding_bin(1)]
+        for packed in bins:
             micro = Microbatch.prepare(
                 packed,
                 device=self.device,
@@ -107,8 +114,8 @@ class TrainStep:
                 head_dim=self.compute.module.config.head_dim,
             )
             with self._watched(micro) as call_block:
-                loss = forward_loss(
-                    self.compute.module,
+                loss = self.compute.call(
+                    forward_loss,
                     micro,
                     depth=depth,
                     scale=scale,
@@ -117,16 +124,16 @@ class TrainStep:
                     kernel=self.config.loss,
                     early_weight=self.config.elastic.early_loss_weight,
                 )
-            loss.total.backward()
-            self.compute.collect_gradients()
-            sums += step_sums(loss, micro)
+            self.compute.backward(loss.total)
+            if len(micro.labels):  # padding alone is no row
+                sums += step_sums(loss, micro)
         return sums
 
     @contextlib.contextmanager
     def _watched(self, micro: Microbatch) -> Iterator[BlockCall | None]:
         """What calls the blocks; the first bin of a step is watched where telemetry is due."""
         probe = self._probe
-        if probe is None or probe.has_seen:
+        if probe is None or probe.has_seen or not len(micro.labels):
             yield self.call_block
         else:
             with probe.forward(micro, self.call_block) as call_block:
@@ -134,11 +141,13 @@ class TrainStep:
 
     def refuse(self, batch: GlobalBatch, seen: Observation, step: int) -> NoReturn:
         """Raise NonFiniteError that names the parameters whose gradients are not finite."""
-        bad = [
-            name
-            for name, parameter in self.compute.master.named_parameters()
-            if parameter.grad is not None and not bool(parameter.grad.isfinite().all())
-        ]
+        shards = self.compute.shards
+        found = {name: p.grad for name, p in shards.parameters.items() if p.grad is not None}
+        flags = torch.zeros(len(found), device=self.device)
+        for index, gradient in enumerate(found.values()):
+            flags[index] = (~gradient.isfinite()).any()
+        counts = shards.sum_over_shards(flags).tolist()
+        bad = [name for name, count in zip(found, counts, strict=True) if count]
         listed = ", ".join(bad[:4]) + (f" and {len(bad) - 4} more" if len(bad) > 4 else "")
         raise NonFiniteError(
             f"step {step}: the gradient is not finite (norm {seen.gradient_norm}; first in "

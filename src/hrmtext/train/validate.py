@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from hrmtext.config.train import TrainConfig
 from hrmtext.data.heldout import ValidationBatch
 from hrmtext.model import HrmLM
 from hrmtext.runtime import dist
 from hrmtext.train.loss import Microbatch, cross_entropy, exact_rows
+from hrmtext.train.precision import ComputeModel
+
+if TYPE_CHECKING:
+    from hrmtext.train.parallel.sharded import ShardedModel
 
 # Columns of the sums: rows, tokens, loss, tokens right, rows right as a whole.
 _NUM_COLUMNS = 5
@@ -64,6 +69,28 @@ def validate(
         "by_condition": {name: value for (kind, name), value in named.items() if kind[0] == "c"},
         "by_stratum": {name: value for (kind, name), value in named.items() if kind[0] == "s"},
     }
+
+
+def validate_both(
+    compute: ComputeModel | ShardedModel,
+    averages: Sequence[torch.Tensor],
+    batches: Sequence[ValidationBatch],
+    config: TrainConfig,
+    device: torch.device,
+) -> dict[str, dict[str, Any]]:
+    """`validate` of the `raw` weights and of the averages (`ema`) of a run."""
+    results = {}
+    for name, weights in (("raw", None), ("ema", averages)):
+        with compute.using(weights) as module:
+            results[name] = validate(
+                module,
+                batches,
+                device=device,
+                dtype=compute.dtype,
+                backend=config.attention,
+                chunk_bytes=config.loss_chunk_bytes,
+            )
+    return results
 
 
 def _score(model: HrmLM, micro: Microbatch, chunk_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -81,7 +81,8 @@ class StepWatch:
         names = self.modules.names
         norms = dict(zip(names, seen.gradient_norms.tolist(), strict=True))
         members = [self.modules.members(module) for module in range(len(names))]
-        found = [[local(p.grad) for p in own if p.grad is not None] for own in members]
+        parts = [[local(p.grad) for p in own if p.grad is not None] for own in members]
+        found = [[part for part in own if part.numel()] for own in parts]
         tails = [tail_ratio(one).double() if one else self._nan() for one in found]
         squares = [self.modules.update_squares(self.optimizer, m) for m in range(len(names))]
         sums = self.modules.sum_over_shards(torch.cat(squares))
