@@ -206,6 +206,53 @@ def _print_source(console: Console, source: Source) -> None:
         console.print(f"{key + ':':<15}{value}", markup=False)
 
 
+def report(data: Annotated[Path, tyro.conf.Positional], /) -> int:
+    """Write report.html (one page, no network) and manifest.json into a prepared folder.
+
+    Args:
+        data: folder made by `hrm-text data prepare`.
+    """
+    from hrmtext.cli.progress import stage_progress
+    from hrmtext.data.report import write_manifest, write_report
+
+    with stage_progress() as progress:
+        paths = [write_report(data, progress), write_manifest(data, progress)]
+    print("\n".join(f"written: {path}" for path in paths))
+    return 0
+
+
+def contamination(
+    data: Annotated[Path, tyro.conf.Positional],
+    benchmarks: Annotated[tuple[Path, ...], tyro.conf.Positional],
+    /,
+    *,
+    sizes: tuple[int, ...] = (13, 20),
+    name: str | None = None,
+) -> int:
+    """Search training rows for a benchmark's questions; where scores are given, test their effect.
+
+    Writes contamination/NAME.json and NAME.html into the folder; `hrm-text data report` shows it.
+
+    Args:
+        data: folder made by `hrm-text data prepare`, or a tokenised one.
+        benchmarks: JSONL files with `question` and, in every line or none, a number `score`.
+        sizes: lengths in tokens of the runs searched for.
+        name: of the result's files; None: the benchmarks' names.
+    """
+    from hrmtext.cli.progress import stage_progress
+    from hrmtext.data.contamination import audit, audit_text, read_benchmark
+    from hrmtext.data.report import write_audit
+
+    with stage_progress() as progress:
+        tokenized = data / "tokenized" if (data / "tokenized").is_dir() else data
+        read = [read_benchmark(path) for path in benchmarks]
+        result = audit(tokenized, read, sizes=sizes, progress=progress)
+    path = write_audit(result, data, name or "-".join(benchmark.name for benchmark in read))
+    print(audit_text(result))
+    print(f"written: {path} and {path.with_suffix('.html').name}")
+    return 0
+
+
 def print_prepared(console: Console, prepared: PreparedData) -> None:
     """The tables that tell what `prepare` made, what it dropped, and that nothing is shared."""
     from rich.table import Table

@@ -47,6 +47,8 @@ DATA_VERBS: dict[str, Callable[..., Any]] = {
     "tokenize": data.tokenize,
     "sample": data.sample,
     "inspect": data.inspect,
+    "report": data.report,
+    "contamination": data.contamination,
 }
 DEBUG_VARIABLE = "HRM_TEXT_DEBUG"
 """Set to 1, errors are shown with their trace."""

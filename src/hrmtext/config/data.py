@@ -35,6 +35,8 @@ class LocalSourceConfig:
     """Prompts of each file held out of training, chosen by a hash of the prompt."""
     strict: bool = False
     """Stop at the first bad row instead of counting it."""
+    licence: str | None = None
+    """Licence of the files, for the manifest."""
 
     def __post_init__(self) -> None:
         _at_least("local.eval_size", self.eval_size, 0)

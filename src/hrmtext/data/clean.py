@@ -17,6 +17,7 @@ from hrmtext.config.data import CleaningConfig
 from hrmtext.data.dedup import SeenRows, near_duplicates
 from hrmtext.data.example import COLUMNS, HISTORY, Example, example_keys
 from hrmtext.data.format import REPORT_FILE
+from hrmtext.data.pii import find, mask
 from hrmtext.data.rules import apply_rules
 from hrmtext.data.sources.local import RowProblems, check_text, plain_condition, read_batches
 from hrmtext.errors import DataError
@@ -41,7 +42,7 @@ class StratumCleaning:
     samples: dict[str, list[dict[str, str]]] = dataclasses.field(default_factory=dict)
     """The first few rows of each reason, cut short."""
     changed: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Rows written that are not as the source had them, by what was done."""
+    """Rows kept (before near duplicates go) that the rules changed, by what was done."""
     unreadable: dict[str, Any] = dataclasses.field(default_factory=dict)
     """Rows that the source could not use: reason -> rows and first places."""
 
@@ -117,9 +118,9 @@ class Cleaner:
             changed: collections.Counter[str] = collections.Counter()
             result = tidy(example, self.config, changed)
             if isinstance(result, str):
-                report.drop(result, example)
+                report.drop(result, self._without_pii(example))
             elif self._is_held_out(result):
-                report.drop(HELD_OUT, example)
+                report.drop(HELD_OUT, self._without_pii(example))
             else:
                 kept.append((result, changed))
         if self.config.drop_duplicates:
@@ -133,6 +134,24 @@ class Cleaner:
                 report.changed[what] = report.changed.get(what, 0) + 1
         report.kept += len(kept)
         return [row for row, _ in kept]
+
+    def _without_pii(self, row: Example) -> Example:
+        """What may be shown of a dropped row: personal data that is to go goes from samples too."""
+        if self.config.pii == "keep":
+            return row
+        kinds = self.config.pii_kinds
+
+        def shown(text: str) -> str:
+            return mask(text, find(text, kinds))
+
+        return row._replace(
+            instruction=shown(row.instruction),
+            response=shown(row.response),
+            history=tuple(
+                turn._replace(instruction=shown(turn.instruction), response=shown(turn.response))
+                for turn in row.history
+            ),
+        )
 
     def _is_held_out(self, row: Example) -> bool:
         prompts = self.held_out_prompts

@@ -132,7 +132,7 @@ def _inspect_sampled(path: Path, epoch: int) -> Summary:
         "sampled",
         strata,
         index.inst_len + index.resp_len,
-        _conditions(data.tokens, index, condition_names(data.info)),
+        count_conditions(data.tokens, index, condition_names(data.info)),
         facts={
             "epoch": f"{epoch} of {data.num_epochs}",
             "context": data.max_seq_len,
@@ -153,7 +153,7 @@ def _inspect_tokenized(path: Path) -> Summary:
         stratum = read_stratum(folder)
         strata[stratum_label(stratum.name)] = _stratum(stratum.index)
         lengths.append(stratum.index.inst_len + stratum.index.resp_len)
-        conditions.update(_conditions(stratum.tokens, stratum.index, names))
+        conditions.update(count_conditions(stratum.tokens, stratum.index, names))
         earlier += _earlier_turns(stratum.index)
         for reason, problem in stratum.marker.get("dropped", {}).items():
             problems[reason] += problem["rows"]
@@ -235,7 +235,7 @@ def _stratum(index: RowIndex) -> StratumSummary:
     )
 
 
-def _conditions(tokens: Array, index: RowIndex, names: dict[int, str]) -> dict[str, int]:
+def count_conditions(tokens: Array, index: RowIndex, names: dict[int, str]) -> dict[str, int]:
     """Rows by condition, read from the tokens after each prompt's start."""
     if not index.num_rows:
         return {}

@@ -57,6 +57,8 @@ class StratumReport:
     """Mean over the epochs."""
     covered_rows: int
     """Different rows that the epochs contain together."""
+    covered_tokens: int
+    """Tokens of these rows, once each."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -247,7 +249,7 @@ def group_strata(names: Sequence[str], config: SamplingConfig) -> list[Source]:
 
 @dataclasses.dataclass(frozen=True)
 class _Drawn:
-    """(epochs, strata) what the epochs hold, and (strata) rows of the first lap among them."""
+    """(epochs, strata) what the epochs hold, and (2, strata) rows and tokens of the first lap."""
 
     rows: Array
     tokens: Array
@@ -262,7 +264,9 @@ def _write_epochs(
     progress: Progress | None,
 ) -> _Drawn:
     shape = (config.epochs, len(gathered.names))
-    drawn = _Drawn(np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape[1], int))
+    drawn = _Drawn(
+        np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros((2, shape[1]), int)
+    )
     walks = []
     for source in sources:
         step, length = source.per_epoch(gathered, config)
@@ -286,8 +290,10 @@ def _write_epochs(
                     rows = piece.rows() if which is None else piece.rows()[which]
                     shuffle.add(rows)
                     drawn.rows[epoch, piece.stratum] += len(rows)
-                    drawn.tokens[epoch, piece.stratum] += int(num_tokens(rows).sum())
-                    drawn.first_lap[piece.stratum] += len(rows) * (lap == 0)
+                    tokens = int(num_tokens(rows).sum())
+                    drawn.tokens[epoch, piece.stratum] += tokens
+                    if lap == 0:
+                        drawn.first_lap[:, piece.stratum] += (len(rows), tokens)
                 starts[number] = stop
             if not drawn.rows[epoch].any():
                 raise DataError(
@@ -332,7 +338,8 @@ def _report(
             dropped=check.dropped,
             rows_per_epoch=round(total / config.epochs),
             tokens_per_epoch=int(drawn.tokens[:, number].sum()) / config.epochs,
-            covered_rows=int(drawn.first_lap[number]),
+            covered_rows=int(drawn.first_lap[0, number]),
+            covered_tokens=int(drawn.first_lap[1, number]),
         )
     budgets = {}
     for source in sources:

@@ -11,6 +11,7 @@ WIDTH, HEIGHT = 520, 260
 LEFT, RIGHT, TOP, BOTTOM = 56, 10, 12, 34
 MAX_POINTS = 600
 NUM_COLORS = 6
+BAR_LEFT, BAR_ROW, BAR_NAME_CHARS = 210, 22, 34
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +129,38 @@ def bars(
         f"<figure><figcaption>{html.escape(title)}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">'
         f"{''.join(body)}</svg><div class=key>{legend}</div></figure>"
+    )
+
+
+def shares(title: str, parts: Sequence[tuple[str, float]], most: int = 10) -> str:
+    """Horizontal bars of names and shares (0 to 1); an empty string without any.
+
+    Args:
+        most: bars drawn, in the given order; the rest is one bar.
+    """
+    shown = list(parts[:most])
+    if len(parts) > most:
+        shown.append((f"{len(parts) - most} others", sum(share for _, share in parts[most:])))
+    high = max((share for _, share in shown), default=0)
+    if not high > 0:
+        return ""
+    rows = []
+    for place, (name, share) in enumerate(shown):
+        y = 8 + place * BAR_ROW
+        label = name if len(name) <= BAR_NAME_CHARS else name[: BAR_NAME_CHARS - 1] + "…"
+        width = share / high * (WIDTH - BAR_LEFT - 62)
+        rows.append(
+            f'<text x={BAR_LEFT - 6} y="{y + 12}" text-anchor=end>{html.escape(label)}'
+            f"<title>{html.escape(name)}</title></text>"
+            f'<rect class=bar x={BAR_LEFT} y="{y}" width="{max(width, 0.5):.1f}" '
+            f'height={BAR_ROW - 6} style="fill:var(--c0)"/>'
+            f'<text x="{BAR_LEFT + width + 5:.1f}" y="{y + 12}">{100 * share:.3g} %</text>'
+        )
+    height = 14 + len(shown) * BAR_ROW
+    return (
+        f"<figure><figcaption>{html.escape(title)}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(title)}">'
+        f"{''.join(rows)}</svg></figure>"
     )
 
 

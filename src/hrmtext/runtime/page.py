@@ -27,6 +27,8 @@ svg { display:block; width:100%; height:auto; } svg text { fill:var(--dim); font
 .key i.marked { height:0; border-top:2px dotted var(--c1); }
 .grid { stroke:var(--line); } .curve { fill:none; stroke-width:1.8; }
 .faint { opacity:.3; stroke-width:1.2; } .dot { stroke:none; }
+.texts td { text-align:left; vertical-align:top; white-space:pre-wrap; max-width:34em;
+  overflow-wrap:anywhere; } .texts th { text-align:left; } details { margin:8px 0; }
 .bar { opacity:.75; } summary { cursor:pointer; }
 .key { margin:2px 4px; font-size:13px; color:var(--dim); } .key span { margin-right:14px; }
 .key i { display:inline-block; width:14px; height:3px; margin-right:5px; vertical-align:middle; }

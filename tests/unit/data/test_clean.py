@@ -9,7 +9,7 @@ import pytest
 from hrmtext.config import build
 from hrmtext.config.data import CleaningConfig
 from hrmtext.data.clean import SourceStratum, clean, tidy
-from hrmtext.data.example import Example
+from hrmtext.data.example import Example, Turn
 from hrmtext.data.sources.local import RowProblems, find_files, read_batches
 from hrmtext.errors import ConfigError, DataError
 
@@ -80,6 +80,15 @@ def test_drops_and_changes_are_counted_with_samples(tmp_path, kind):
         "0?", "1?", "2?",
     ]  # fmt: skip
     assert rows_of(tmp_path / "out") == [ROW, ROW._replace(response="five, [email], [email]")]
+
+
+def test_samples_of_dropped_rows_show_no_personal_data(tmp_path):
+    rows = [ROW, ROW._replace(response="write to a@b.org"), ROW._replace(instruction="a@b.org ")]
+    rows.append(ROW._replace(history=(Turn("I am a@b.org", "Hello"),)))
+    report = clean([SourceStratum(name="s", batches=[rows])], tmp_path / "o", config(pii="drop"))
+    assert report.dropped == {"personal data: email": 3}
+    text = (tmp_path / "o" / "report.json").read_text()
+    assert "a@b.org" not in text and "write to [email]" in text
 
 
 def near_rows():
