@@ -62,7 +62,7 @@ def test_a_tiny_model_learns_to_recall_a_word_of_an_earlier_turn(tmp_path, capsy
     assert report["clean"]["dropped"]["conversation ends without an answer"] == 1
     recipe = str(CONFIGS / "train" / "cpu_smoke.yaml")
     train = ["train", recipe, "--data", str(data), "--run", str(run)]
-    overrides = ["model.preset=test", "max_steps=120", "batch_tokens=1024", "lr=4e-3"]
+    overrides = ["model.preset=test", "max_steps=120", "batch_tokens=512", "lr=4e-3"]
     often = ["checkpoint_every=120", "validate_every=120", "validation_rows=40"]
     assert main([*train, *overrides, *often]) == 0
     capsys.readouterr()

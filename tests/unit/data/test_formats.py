@@ -272,7 +272,7 @@ def test_workers_and_parts_change_nothing(cleaned, tokenizer, tmp_path, workers)
     report = tokenize_files(root, tmp_path / "whole", tokenizer, num_workers=1)
     assert report.num_rows == 120
     whole = snapshot(tmp_path / "whole")
-    for part_bytes in (300, 2000) if workers == 1 else (500,):
+    for part_bytes in (300, 2000) if workers == 1 else (2000,):
         out = tmp_path / f"parts{part_bytes}"
         tokenize_files(root, out, tokenizer, num_workers=workers, part_bytes=part_bytes)
         assert snapshot(out) == whole
