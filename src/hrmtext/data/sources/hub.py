@@ -34,6 +34,7 @@ def hub_units(source: Source, repository: str, revision: str | None = None) -> l
     if not source.by_file:
         return [HubUnit(Origin(p.name), p.config, p.split, None) for p in source.parts]
     units = []
+    _require_datasets(source)
     with _explained(source, repository):
         names = _list_files(repository, revision)
         for part in source.parts:
@@ -96,11 +97,15 @@ def _require_datasets(source: Source) -> Any:
 
 @contextlib.contextmanager
 def _explained(source: Source, repository: str) -> Iterator[None]:
+    import httpx
+    from datasets.exceptions import DatasetsError
+
     try:
         yield
     except DataError:
         raise
-    except (OSError, ValueError, RuntimeError) as error:
+    # The Hub's client lets httpx's own errors through, which are no OSError.
+    except (OSError, ValueError, RuntimeError, httpx.HTTPError, DatasetsError) as error:
         raise DataError(
             f"source {source.name}: could not read {repository} ({type(error).__name__}: {error}). "
             "Check the connection and that you may read the data set, or set path to a local copy"

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 import sys
 
+import datasets
+import httpx
+import huggingface_hub
 import pytest
 from layouts import write_jsonl, write_parquet
 
@@ -18,7 +21,6 @@ from hrmtext.errors import BackendError, DataError
 
 @pytest.fixture(autouse=True)
 def offline(monkeypatch, tmp_path):
-    datasets = pytest.importorskip("datasets")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
     monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", str(tmp_path / "modules"))
 
@@ -127,6 +129,20 @@ def test_a_hub_that_cannot_be_read_says_so(tmp_path):
     missing = str(tmp_path / "missing")
     with pytest.raises(DataError, match=r"source gsm8k: could not read .*set path to a local copy"):
         list(hub_rows(source, hub_units(source, missing)[0], missing))
+
+
+@pytest.mark.parametrize("name", ["synth", "gsm8k"])
+def test_a_connection_that_fails_is_one_clear_error(monkeypatch, name):
+    def fail(*arguments, **options):
+        raise httpx.ConnectError("Name or service not known")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    source = find_source(name)
+    repository = str(source.hub)
+    with pytest.raises(DataError, match=f"could not read {repository} .ConnectError: Name or"):
+        for unit in hub_units(source, repository):
+            next(iter(hub_rows(source, unit, repository)))
 
 
 def test_without_datasets_the_extra_is_named(monkeypatch, tmp_path):
