@@ -26,6 +26,7 @@ FORMAT_VERSION = 1
 ROWS_HELD = 20_000
 """Examples held in memory before they are appended to their files."""
 MAX_NAME_BYTES = 200
+_ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -216,8 +217,8 @@ class _StrataWriter:
         self.count = 0
 
     def add(self, stratum: str, example: Example) -> None:
-        row = json.dumps(example.to_mapping(), ensure_ascii=False)
-        self.held.setdefault(stratum, []).append(row + "\n")
+        line = _ENCODE(example.to_mapping()) + "\n"
+        self.held.setdefault(stratum, []).append(line)
         self.count += 1
         if self.count >= ROWS_HELD:
             self.flush()

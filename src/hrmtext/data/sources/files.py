@@ -199,7 +199,9 @@ def _members(source: Source, path: Path) -> Iterator[SourceFile]:
                     part = None if info.is_dir() else _part_of(source, PurePosixPath(info.filename))
                     if part is not None:
                         origin = Origin(part.name, info.filename)
-                        yield SourceFile(origin, path, lambda i=info: archive.open(i), True)
+                        yield SourceFile(
+                            origin, path, lambda i=info: _buffered(archive.open(i)), True
+                        )
             return
         # A stream, for there may be millions of members.
         with _decompressed(path) as stream, tarfile.open(fileobj=stream, mode="r|") as tar:
@@ -231,6 +233,11 @@ def _require_whole_tar(path: Path, stream: IO[bytes]) -> None:
             raise tarfile.ReadError("its end mark is missing")
     while stream.read(SKIP_BYTES):
         pass  # a compressed stream that was cut says so at its end
+
+
+def _buffered(member: IO[bytes]) -> IO[bytes]:
+    """zipfile reads lines of bounded length a peek at a time, many times slower."""
+    return cast("IO[bytes]", io.BufferedReader(cast("io.RawIOBase", member), SKIP_BYTES))
 
 
 def _extract(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:

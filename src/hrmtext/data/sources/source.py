@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
+from functools import lru_cache
 from pathlib import PurePosixPath
 from typing import Any, Literal, NamedTuple
 
@@ -12,6 +13,11 @@ from hrmtext.data.example import Example
 Row = Mapping[str, Any]
 Outcome = Iterable[Example | str]
 """Examples of one raw row; a string is the reason why the row, or half of it, gives none."""
+
+
+@lru_cache(maxsize=256)
+def _path(file: str) -> PurePosixPath:
+    return PurePosixPath(file)  # costs more than many a rule, and is asked for row by row
 
 
 class Origin(NamedTuple):
@@ -25,7 +31,7 @@ class Origin(NamedTuple):
     @property
     def path(self) -> PurePosixPath:
         """`file` as a path."""
-        return PurePosixPath(self.file)
+        return _path(self.file)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
