@@ -167,8 +167,7 @@ class NearDuplicates:
                 alike = (signatures[rows] == signatures[heads]).mean(axis=1) >= self.threshold
                 for row, head in zip(rows[alike].tolist(), heads[alike].tolist(), strict=True):
                     _join(leader, int(rank[row]), int(rank[head]))
-        keep = np.array([_find(leader, at) == at for at in range(self.num_rows)])
-        return ~keep[rank]
+        return (leader != np.arange(self.num_rows))[rank]
 
 
 def shingles(text: str) -> list[str]:
