@@ -419,16 +419,14 @@ class Worker {
         for (; t <= position; ++t) score<1>(keys, values, t);
         float largest = -INFINITY;
         for (t = 0; t <= position; ++t) largest = scores_[t] > largest ? scores_[t] : largest;
-        for (int i = 0; i < LANES; ++i) scores_[position + 1 + i] = -INFINITY;  // weights 0
+        // Up to a whole vector: their weights, 1e-38 each, vanish beside the largest, which is 1.
+        for (int i = 0; i < LANES; ++i) scores_[position + 1 + i] = -INFINITY;
         Vec totals{};
         for (t = 0; t <= position; t += LANES) {
             const Vec weight = exp_of(load(&scores_[t]) - largest);
             store(&scores_[t], weight);
             totals += weight;
         }
-        // exp_of(-87) is not 0: what stands behind the last token must not count.
-        for (t = position + 1; t <= position / LANES * LANES + LANES - 1; ++t)
-            totals[t % LANES] -= scores_[t];
         const float inverse = 1.0f / sum(totals);
         float* out = &sh.attended[row * A + n * K];
         int64_t i = 0;
