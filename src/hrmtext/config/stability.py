@@ -25,7 +25,8 @@ class StabilityLimits:
     """A step is never left out for its loss (nats a token) while that is less above its median;
     half of it, held over five steps, brakes."""
     update_factor: float = 6.0
-    """Updates, relative to the weights, above so many times their median are braked to it."""
+    """Updates, relative to the weights, above so many times those of late are braked to these; they
+    must be above the root of it times the median of the window as well."""
     max_skips: int = 8
     """Steps left out in a row before the next one counts again: the data may have changed."""
 

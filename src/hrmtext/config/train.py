@@ -224,6 +224,11 @@ class TrainConfig:
     """With several ranks or under torchrun: a step, validation or checkpoint that takes longer
     ends its rank with a trace, and ranks wait no longer for each other. Compilation counts."""
 
+    @pydantic.field_validator("stability", mode="before")
+    @classmethod
+    def _read_off(cls, value: Any) -> Any:
+        return "off" if value is False else value  # YAML reads a bare `off` as false
+
     def __post_init__(self) -> None:
         at_least_one = (
             "epochs", "batch_tokens", "loss_chunk_bytes", "checkpoint_every", "keep_last",

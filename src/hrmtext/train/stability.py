@@ -39,6 +39,8 @@ RECENT_STEPS = 5
 """Steps over which a rise of the loss must hold to brake, and between two brakings."""
 BRAKE, RECOVERY, LEAST_RATE = 0.5, 1.1, 1 / 64
 """Factor of a braking, factor a step on the way back, and the lowest rate."""
+LATELY = 16
+"""Steps whose updates, as they were applied, stand for what was done lately."""
 MAX_DEPTHS = 8
 """Depths with a history of their own; beyond that the one not seen for longest is forgotten."""
 
@@ -116,6 +118,7 @@ class StabilityGuard:
         self._gradients: dict[str, History] = {}
         self._losses: dict[str, History] = {}
         self._updates = History(limits.window_steps)
+        self._applied = History(LATELY)
         self._log_ratios = np.full(len(self.names), np.nan)
         self._rises: deque[float] = deque(maxlen=RECENT_STEPS)
         self._brake = 1.0
@@ -146,6 +149,8 @@ class StabilityGuard:
         if skip:
             return self._act(seen, gradient_factor, reasons, skip=True)
         rate = min(self._judge_updates(lr, reasons), self._judge_rises(rise, loss_bound, reasons))
+        if lr > 0:
+            self._applied.rows.append(self._log_ratios + math.log(lr * rate))
         if not damp and rate == 1.0:
             return PROCEED
         if not reasons:
@@ -237,16 +242,21 @@ class StabilityGuard:
         if lr <= 0:
             return 1.0
         ratios = self._log_ratios + math.log(lr)  # (M) log(|update| / |weights|) at the full rate
-        known = self._updates.statistics(self.limits.history_steps)
+        usual = self._updates.statistics(self.limits.history_steps)
+        lately = self._applied.statistics(LATELY // 2)
         self._updates.rows.append(ratios)
-        if known is None:
+        if usual is None or lately is None:
             return 1.0
-        above = np.nan_to_num(ratios - known[0], nan=-np.inf)
+        # Two medians: a falling rate leaves the window's far above what was done lately, while a
+        # warmup or a rate that stays soon lifts the window's.
+        bound = math.log(self.limits.update_factor)
+        above = np.nan_to_num(ratios - lately[0], nan=-np.inf)
+        above[~(ratios - usual[0] > bound / 2)] = -np.inf
         worst = int(above.argmax())
-        if above[worst] <= math.log(self.limits.update_factor):
+        if above[worst] <= bound:
             return 1.0
         times = math.exp(above[worst])
-        reasons.append(f"update of {self.names[worst]} {times:.3g} times its median")
+        reasons.append(f"update of {self.names[worst]} {times:.3g} times what it was lately")
         return 1.0 / times
 
     def _judge_rises(self, rise: float, loss_bound: float, reasons: list[str]) -> float:
@@ -277,6 +287,7 @@ class StabilityGuard:
             "gradients": {key: _pack(value.rows) for key, value in self._gradients.items()},
             "losses": {key: _pack(value.rows) for key, value in self._losses.items()},
             "updates": _pack(self._updates.rows),
+            "applied": _pack(self._applied.rows),
             "log_ratios": _pack([self._log_ratios]),
             "rises": list(self._rises),
             "brake": self._brake,
@@ -302,6 +313,7 @@ class StabilityGuard:
         self._gradients = {k: History(length, _unpack(v)) for k, v in state["gradients"].items()}
         self._losses = {k: History(length, _unpack(v)) for k, v in state["losses"].items()}
         self._updates = History(length, _unpack(state["updates"]))
+        self._applied = History(LATELY, _unpack(state["applied"]))
         self._log_ratios = _unpack(state["log_ratios"])[0]
         self._rises = deque(state["rises"], maxlen=RECENT_STEPS)
         self._brake = state["brake"]

@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+import yaml
 from memory_source import MemorySource, random_rows, small_config
 
 from hrmtext.artifacts import RunFolder, read_tensors
@@ -100,6 +101,16 @@ def test_updates_ten_times_as_large_are_braked_to_their_median_until_they_are_us
     assert last.rate == 1.0
 
 
+def test_a_jump_of_the_rate_is_seen_while_a_schedule_lets_it_fall():
+    guard = StabilityGuard(StabilityLimits(), NAMES, applied=True)
+    for step, one in enumerate(noisy(90)):
+        guard.note_update(step % 3, 0.04, 1.0)
+        factor = 10.0 if step >= 80 else 1.0
+        lr = 1e-3 * math.exp(-step / 60)  # the median of the window is 1.7 times as high
+        rate = guard.decide(one, lr=lr * factor, depth=DEPTH).rate
+        assert (rate == 1.0) if step < 80 else (0.08 < rate < 0.2)
+
+
 def test_a_lasting_rise_of_the_loss_brakes_and_the_rate_comes_back():
     guard = trained_guard()
     rates = [guard.decide(seen(loss=2.3), lr=1e-3, depth=DEPTH).rate for _ in range(9)]
@@ -150,6 +161,11 @@ def test_the_state_goes_through_json_and_goes_on_exactly():
 def test_limits_that_make_no_sense_are_refused(limits, message):
     with pytest.raises(ConfigError, match=message):
         small_config(stability_limits=limits)
+
+
+def test_a_bare_off_in_yaml_is_off():
+    values = yaml.safe_load("stability: off")
+    assert small_config(**values).stability == "off"
 
 
 def test_norms_are_those_of_every_module_computed_plainly():
