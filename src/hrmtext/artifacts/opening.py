@@ -9,9 +9,10 @@ from typing import Any
 
 import torch
 
-from hrmtext.artifacts import hf_folder, upstream, weights
+from hrmtext.artifacts import adapters, hf_folder, upstream, weights
 from hrmtext.artifacts.dcp import DcpFolder
 from hrmtext.artifacts.gguf_file import MAGIC, open_gguf
+from hrmtext.artifacts.hub import local_path
 from hrmtext.artifacts.layout import BEST, LAST, RunFolder
 from hrmtext.artifacts.safetensors_file import SafetensorsFile
 from hrmtext.artifacts.stored import StoredModel, TensorStore, fit
@@ -21,7 +22,9 @@ from hrmtext.runtime.io import require_complete
 WHICH = weights.WHICH
 
 
-def open_stored(path: str | Path, which: str = "auto") -> StoredModel:
+def open_stored(
+    path: str | Path, which: str = "auto", base: str | Path | None = None
+) -> StoredModel:
     """Open what `path` holds; the form is told by its content.
 
     Args:
@@ -29,12 +32,15 @@ def open_stored(path: str | Path, which: str = "auto") -> StoredModel:
             is the one with the lowest validation loss), a native folder, a Hugging Face folder
             (fused, split or mixed; one file or sharded), a checkpoint folder of the public
             training code or one of its `fsdp2_epoch_N`, a GGUF file (quantised tensors come back
-            as fp32).
+            as fp32), a run or checkpoint of adapters (the base with their updates added in,
+            fp32).
         which: `raw`, `ema`, or `auto`: the EMA where there is one.
+        base: where the base of adapters lies now; None: where it was when they were trained.
 
     Raises:
-        CheckpointError: nothing to open, or it is incomplete, damaged or does not fit its config.
-        ConfigError: an unknown `which`.
+        CheckpointError: nothing to open, or it is incomplete, damaged or does not fit its config;
+            for adapters also, when the first tensor is read, if the base is another one.
+        ConfigError: an unknown `which`, or a base for a model that needs none.
     """
     if which not in WHICH:
         raise ConfigError(f"weights {which!r} are unknown; expected one of {', '.join(WHICH)}")
@@ -45,6 +51,10 @@ def open_stored(path: str | Path, which: str = "auto") -> StoredModel:
             )
         return open_gguf(path)
     folder = model_folder(path)
+    if adapters.is_adapter_folder(folder):
+        return _open_adapters(folder, which, base)
+    if base is not None:
+        raise ConfigError(f"{path} holds a whole model, not adapters: leave out base={base}")
     if (folder / weights.CONFIG_FILE).is_file():
         return _open_native(folder, which)
     if hf_folder.is_hf_folder(folder):
@@ -107,6 +117,34 @@ def _open_native(folder: Path, which: str) -> StoredModel:
         gradient_routing=None,
         token_ids={},
         parts=fit(config, [store], ("fused",), str(files[chosen])),
+    )
+
+
+def _open_adapters(folder: Path, which: str, base: str | Path | None) -> StoredModel:
+    require_complete(folder)
+    config = weights.read_config(folder)
+    reference, _ = adapters.read_base(folder)
+    where = reference.path if base is None else str(base)
+    chosen = "raw" if reference.weights == "raw" else "auto"
+    try:
+        stored = open_stored(local_path(where), chosen)
+    except CheckpointError as error:
+        raise CheckpointError(
+            f"{folder} holds adapters, and their base cannot be opened ({error}); say where it is "
+            "(base=, or --base)"
+        ) from None
+    store = adapters.AdaptedStore(stored, folder, "raw" if which == "raw" else "ema")
+    has_tokenizer = (folder / weights.TOKENIZER_FILES[0]).is_file()
+    return StoredModel(
+        kind="adapters",
+        folder=folder,
+        config=config,
+        weights=store.which,
+        alternatives=("raw", "ema"),
+        tokenizer_folder=folder if has_tokenizer else stored.tokenizer_folder,
+        gradient_routing=stored.gradient_routing,
+        token_ids=stored.token_ids,
+        parts=fit(config, [store], ("fused",), str(folder)),
     )
 
 

@@ -234,8 +234,12 @@ def _expansion(config: ModelConfig) -> float:
     )
 
 
-def averaged_names(entries: Mapping[str, Any], config: ModelConfig) -> dict[str, str]:
+def averaged_names(
+    entries: Mapping[str, Any], config: ModelConfig, quantity: str = EMA
+) -> dict[str, str]:
     """Upstream name -> name of its average in a checkpoint's entries; empty where it has none.
+
+    `quantity` may be another part of the optimizer's state instead: exp_avg, exp_avg_sq, step.
 
     Optimizer states are saved keyed by name (get_optimizer_state_dict, which the public code
     calls) or by number (optimizer.state_dict()); both are read.
@@ -243,7 +247,7 @@ def averaged_names(entries: Mapping[str, Any], config: ModelConfig) -> dict[str,
     found = {}
     for number, name in enumerate(parameter_order(config)):
         for key in (name, str(number)):
-            full = f"optim.state.{key}.{EMA}"
+            full = f"optim.state.{key}.{quantity}"
             if full in entries:
                 found[name] = full
                 break

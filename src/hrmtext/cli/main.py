@@ -18,8 +18,10 @@ from hrmtext.cli import (
     doctor,
     evaluate,
     export,
+    forgetting,
     generate,
     info,
+    merge,
     quickstart,
     selftest,
     train,
@@ -38,6 +40,8 @@ VERBS: dict[str, Callable[..., Any]] = {
     "export": export.export,
     "convert": convert.convert,
     "doctor": doctor.doctor,
+    "merge": merge.merge,
+    "forgetting": forgetting.forgetting,
     "info": info.info,
 }
 DATA_VERBS: dict[str, Callable[..., Any]] = {

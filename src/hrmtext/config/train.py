@@ -11,6 +11,7 @@ import pydantic
 import pydantic_core
 
 from hrmtext.config.base import build, config_class, nearest, to_mapping
+from hrmtext.config.finetune import ForgettingConfig, LoraConfig
 from hrmtext.config.model import ARCHITECTURES, PRESETS, ModelConfig
 from hrmtext.config.stability import StabilityLimits
 from hrmtext.errors import ConfigError
@@ -19,8 +20,8 @@ HARMLESS_KEYS = frozenset({
     "max_minutes", "attention", "compile", "loss", "loss_chunk_bytes", "optimizer_kernel",
     "activation_checkpointing",
     "checkpoint_every", "checkpoint_minutes", "keep_last", "keep_every", "keep_best",
-    "validate_every", "validation_rows", "log_every", "tensorboard", "trackers", "rank_timeout_s",
-    "stability", "stability_limits", "telemetry_every",
+    "validate_every", "validation_rows", "forgetting", "log_every", "tensorboard", "trackers",
+    "rank_timeout_s", "stability", "stability_limits", "telemetry_every",
     "parallel", "shard_size", "checkpoint_async",
 })  # fmt: skip
 """Keys that may change between a checkpoint and its resumption: none alters what is computed, but
@@ -119,7 +120,12 @@ class TrainConfig:
     init_weights: Literal["auto", "raw", "ema"] = "auto"
     """Which weights of `init_from`; auto: the EMA where there is one."""
     init_optimizer: bool = False
-    """Take up the moments of `init_from` too, a checkpoint of ours; usual beside raw weights."""
+    """Take up the moments of `init_from` too, a checkpoint of ours or of the public training code;
+    usual beside raw weights."""
+    lora: LoraConfig | None = None
+    """Train low-rank adapters on the stacks of `init_from` and leave its weights as they are."""
+    forgetting: ForgettingConfig | None = None
+    """Score held-out rows of the base's mixture before the first step and at validations."""
     seed: int = 0
     """Seed of the initial weights and of the data order."""
 
@@ -191,7 +197,8 @@ class TrainConfig:
     parallel: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
     """How several ranks share a step. ddp: each holds everything; fsdp: weights, gradients and
     optimizer state are spread over all ranks; hsdp: over `shard_size` ranks, with a copy on each
-    such group. auto: none on one rank, fsdp on CUDA, ddp on the CPU, hsdp with `shard_size`."""
+    such group. auto: none on one rank, fsdp on CUDA, ddp on the CPU and for lora,
+    hsdp with `shard_size`."""
     shard_size: int | None = None
     """hsdp: ranks that share one copy of the weights; null: those of a node."""
 
@@ -256,6 +263,17 @@ class TrainConfig:
         needs_source = self.init_optimizer or self.init_weights != "auto"
         if needs_source and self.init_from is None:
             raise ConfigError("init_weights and init_optimizer need init_from, which is not set")
+        if self.lora is not None:
+            if self.init_optimizer:
+                raise ConfigError("init_optimizer is for all weights; adapters start without one")
+            if self.parallel in ("fsdp", "hsdp") or self.shard_size is not None:
+                raise ConfigError(
+                    f"parallel is {self.parallel} and shard_size {self.shard_size}, but adapters "
+                    "(lora) are trained with every rank holding the frozen weights whole; use "
+                    "parallel=ddp or auto, without shard_size"
+                )
+            if self.lora.stacks == "L" and self.model.shared_stack:
+                raise ConfigError("lora.stacks: L, but this model's one stack is H")
         if self.objective == "all" and self.model.prefix_lm:
             raise ConfigError(
                 "objective: all needs model.prefix_lm: false: prompt tokens that see one another "

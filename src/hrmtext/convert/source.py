@@ -80,7 +80,10 @@ def source_of(model: TextModel) -> Source:
 
 
 def open_source(
-    path: str | Path, weights: str = "auto", tokenizer_folder: str | Path | None = None
+    path: str | Path,
+    weights: str = "auto",
+    tokenizer_folder: str | Path | None = None,
+    base: str | Path | None = None,
 ) -> Source:
     """Open whatever holds a model, recognised by its content; no tensor is read yet.
 
@@ -89,11 +92,12 @@ def open_source(
             checkpoint folder of the public training code, GGUF file, or Hub id.
         weights: `raw`, `ema`, or `auto`: the EMA where there is one.
         tokenizer_folder: a folder with tokenizer.json, where the model's own has none.
+        base: where the base of adapters lies; None: where it was when they were trained.
 
     Raises:
         CheckpointError: nothing to open, or it is incomplete, damaged or does not fit its config.
     """
-    stored = open_stored(local_path(path), weights)
+    stored = open_stored(local_path(path), weights, base)
     source = Source(**{f.name: getattr(stored, f.name) for f in dataclasses.fields(stored)})
     if tokenizer_folder is not None:
         source.tokenizer_folder = Path(tokenizer_folder)

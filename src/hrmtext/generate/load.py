@@ -24,6 +24,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     weights: str = "auto",
+    base: str | Path | None = None,
 ) -> TextModel:
     """Load a model and its tokenizer; what `path` is follows from what it holds.
 
@@ -31,10 +32,12 @@ def load(
         path: a run folder (its newest complete checkpoint is taken, as with `RUN/last`; `RUN/best`
             is the one with the lowest validation loss), a native model or checkpoint folder, a
             Hugging Face folder (fused, split or sharded), a checkpoint folder of the public
-            training code, a GGUF file (run by our own engine), or a Hub id (`owner/name`).
+            training code, a GGUF file (run by our own engine), or a Hub id (`owner/name`). A
+            run that trained adapters is run on its base, which must be the same.
         device: `cpu`, `cuda`, `cuda:N`; None: CUDA where there is one.
         dtype: `fp32`, `bf16` or a torch dtype; None: bf16 on CUDA, fp32 on the CPU.
         weights: `raw`, `ema`, or `auto`: the EMA where there is one.
+        base: where the base of adapters lies now; None: where it was when they were trained.
 
     Raises:
         CheckpointError: nothing to load at `path`, or it is incomplete or damaged.
@@ -43,7 +46,7 @@ def load(
     """
     place = pick_device(str(device) if device is not None else None)
     number_format = pick_dtype(dtype, place)
-    stored = open_stored(local_path(path), weights)
+    stored = open_stored(local_path(path), weights, base)
     tokenizer = read_tokenizer(stored) or PromptTokenizer.load(stored.folder)
     return TextModel(stored.load_model(place, number_format), tokenizer)
 

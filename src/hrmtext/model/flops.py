@@ -67,16 +67,23 @@ def training_flops(
     context_tokens: float = 0.0,
     head_share: float = 1.0,
     losses: int = 1,
+    frozen: bool = False,
 ) -> float:
     """Operations a token of a training step, forward and backward at `depth`.
 
-    `losses`: states that go through the head, the last one's and those of earlier cycles.
+    Args:
+        losses: states that go through the head, the last one's and those of earlier cycles.
+        frozen: the weights get no gradient, only what flows through them; adapters, which are a
+            few thousandths of them, are not counted.
     """
     counts = count_parameters(config)
-    # Of one stack call, forward; a call that carries gradient costs twice as much again.
-    call = 2.0 * counts.stack + attention_flops(config, context_tokens) / config.num_stack_calls
-    stacks = call * (len(depth.carries_gradient) + 2 * depth.num_gradient_calls)
-    return stacks + 6.0 * counts.head * head_share * losses
+    # A product by a weight costs as much again for each of the two gradients that are wanted.
+    per_weight = 1 if frozen else 2
+    weights = 2.0 * counts.stack
+    scores = attention_flops(config, context_tokens) / config.num_stack_calls
+    forward = (weights + scores) * len(depth.carries_gradient)
+    backward = (per_weight * weights + 2 * scores) * depth.num_gradient_calls
+    return forward + backward + 2.0 * (1 + per_weight) * counts.head * head_share * losses
 
 
 def kv_bytes_per_token(config: ModelConfig, bytes_per_value: int) -> int:

@@ -6,12 +6,14 @@ import contextlib
 import dataclasses
 import json
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as torch_dist
 
+from hrmtext.artifacts.adapters import BaseReference, read_adapters, read_base, save_adapters
 from hrmtext.artifacts.layout import VALIDATION_LOSS, RunFolder
 from hrmtext.artifacts.safetensors_file import (
     Entry,
@@ -32,6 +34,7 @@ from hrmtext.errors import CheckpointError
 from hrmtext.runtime import dist
 from hrmtext.runtime.io import atomic_folder, is_complete, require_complete, write_json
 from hrmtext.runtime.log import logger
+from hrmtext.train.lora import from_file, read_off
 from hrmtext.train.moments import (
     OPTIMIZER_FILE,
     OPTIMIZER_FOLDER,
@@ -72,6 +75,8 @@ class Snapshot:
     averages: dict[str, torch.Tensor]
     moments: dict[str, torch.Tensor]
     """As `AdamAtan2.export_state` gives them."""
+    base: BaseReference | None
+    """What the adapters sit on; None: all weights are trained, and stored."""
 
 
 def snapshot(
@@ -108,6 +113,7 @@ def snapshot(
         weights=taken[0],
         averages=taken[1],
         moments=taken[2],
+        base=state.base,
     )
 
 
@@ -168,13 +174,7 @@ class CheckpointWriter:
             self._write_sharded(path, taken)
         elif dist.rank() == 0 and not is_complete(path):
             with atomic_folder(path, replace=True, **taken.marker) as folder:
-                save_model(
-                    folder,
-                    self.identity.config.model.resolve(),
-                    taken.weights,
-                    ema=taken.averages,
-                    tokenizer_folder=self.tokenizer_folder,
-                )
+                self._write_weights(folder, taken)
                 write_tensors(folder / OPTIMIZER_FILE, taken.moments)
                 write_json(folder / TRAINING_FILE, taken.record)
         if dist.rank() == 0:
@@ -183,6 +183,18 @@ class CheckpointWriter:
                 keep_last=config.keep_last, keep_every=config.keep_every, keep_best=config.keep_best
             )
         return path
+
+    def _write_weights(self, folder: Path, taken: Snapshot) -> None:
+        """The model, or, where only adapters are trained, those and a reference to their base."""
+        config = self.identity.config
+        model, lora = config.model.resolve(), config.lora
+        if taken.base is None or lora is None:
+            tokenizer = self.tokenizer_folder
+            save_model(folder, model, taken.weights, ema=taken.averages, tokenizer_folder=tokenizer)
+            return
+        write_description(folder, model, self.tokenizer_folder)
+        raw, ema = read_off(taken.weights), read_off(taken.averages)
+        save_adapters(folder, lora, taken.base, raw=raw, ema=ema)
 
     def _write_sharded(self, path: Path, taken: Snapshot) -> None:
         """The ranks of the first copy write: each its moments, the first the gathered weights."""
@@ -235,18 +247,33 @@ def load_checkpoint(path: Path, state: TrainState, identity: RunIdentity) -> Non
     require_complete(path)
     record = read_training_record(path)
     _refuse_other_run(path, record, identity)
-    weights = _whole_tensors(path / WEIGHTS_FILE, state)
-    for name in weights.entries:
-        state.shards.assign(name, weights.read(name))
-    averages = _whole_tensors(path / EMA_FILE, state)
-    state.optimizer.import_state(
-        state.names(),
-        open_moments(path, state.shards),
-        StoredParts(averages, state.shards),
-    )
+    averages = _load_weights(path, state)
+    state.optimizer.import_state(state.names(), open_moments(path, state.shards), averages)
     for name in ("step", "tokens", "supervised_tokens", "elapsed_s", "cursor", "interval"):
         setattr(state, name, record[name])
     state.stability = record.get("stability", {})  # absent in checkpoints of before the guard
+
+
+def _load_weights(path: Path, state: TrainState) -> Mapping[str, torch.Tensor]:
+    """Bring the model to the raw weights of a checkpoint; returns the averages by name."""
+    if state.base is None:
+        weights = _whole_tensors(path / WEIGHTS_FILE, state)
+        for name in weights.entries:
+            state.shards.assign(name, weights.read(name))
+        return StoredParts(_whole_tensors(path / EMA_FILE, state), state.shards)
+    reference, _ = read_base(path)
+    if reference.fingerprint != state.base.fingerprint:
+        raise CheckpointError(
+            f"{path} holds adapters for other weights than init_from gives now (fingerprint "
+            f"{state.base.fingerprint}, expected {reference.fingerprint}); bring them back to "
+            f"{reference.path}"
+        )
+    names = state.names()
+    raw = from_file(read_adapters(path, "raw"), names, f"{path} (raw)")
+    with torch.no_grad():
+        for name, parameter in names.items():
+            parameter.copy_(raw[name])
+    return from_file(read_adapters(path, "ema"), names, f"{path} (EMA)")
 
 
 def _whole_tensors(path: Path, state: TrainState) -> SafetensorsFile:

@@ -20,6 +20,7 @@ from hrmtext.model.flops import count_parameters, training_flops
 from hrmtext.runtime.device import pick_training_dtype
 from hrmtext.runtime.rng import numpy_generator
 from hrmtext.train.elastic import cycle_choices, num_losses
+from hrmtext.train.lora import add_adapters, count_adapters, parameter_groups
 from hrmtext.train.metrics import PEAK_BF16_FLOPS, named_peak_flops, peak_flops
 from hrmtext.train.optim import AdamAtan2
 from hrmtext.train.precision import ComputeModel
@@ -68,7 +69,7 @@ class Memory:
     weights: int
     """fp32 master weights."""
     optimizer: int
-    """Two fp32 moments."""
+    """Two fp32 moments of what is trained."""
     ema: int
     gradients: int
     """fp32 gradients."""
@@ -102,6 +103,8 @@ class Estimate:
     model: ModelConfig
     precision: str
     stored_parameters: int
+    trained_parameters: int
+    """All of them, or those of the adapters."""
     unfolded_parameters: int
     total_steps: int | None
     """None: depends on the data, and none was given."""
@@ -127,12 +130,20 @@ class Estimate:
         lines = [dump_yaml(self.config).rstrip(), "", *self._facts()]
         return "\n".join(lines)
 
+    def _trained(self) -> list[tuple[str, str]]:
+        if self.config.lora is None:
+            return []
+        share = self.trained_parameters / self.stored_parameters
+        count = f"{self.trained_parameters:,} in adapters ({100 * share:.2f}%)"
+        return [("trained", f"{count}; the rest is frozen, without moments or average")]
+
     def _facts(self) -> list[str]:
         memory = self.memory
         total = "" if self.total_tokens is None else f", {self.total_tokens:,.0f} in all"
         facts = [
             ("parameters", f"{self.stored_parameters:,} stored, {self.unfolded_parameters:,} "
                            f"unfolded over {self.model.num_stack_calls} stack calls"),
+            *self._trained(),
             ("precision", f"{self.precision} forward and backward, fp32 master weights"),
             ("steps", "depends on the data" if self.total_steps is None
                       else f"{self.total_steps:,} of {self.config.batch_tokens:,} tokens{total}"),
@@ -197,7 +208,7 @@ def estimate(
         total_steps = max(1, round(config.epochs * epoch_tokens / config.batch_tokens))
     shape = {"context_tokens": TYPICAL_ROW_TOKENS / 2, "head_share": TYPICAL_HEAD_SHARE}
     deepest = depth_with(total_steps or 1, config, model, total_steps or 1, model.H_cycles)
-    flops_per_token = training_flops(model, deepest, losses=num_losses(config, deepest), **shape)
+    flops_per_token = step_flops(config, model, deepest, shape)
     total_tokens = total_flops = None
     if total_steps is not None:
         total_tokens = float(total_steps) * config.batch_tokens
@@ -217,6 +228,7 @@ def estimate(
         model=model,
         precision="bf16" if dtype == torch.bfloat16 else "fp32",
         stored_parameters=counts.stored,
+        trained_parameters=trained_parameters(config, model),
         unfolded_parameters=counts.unfolded,
         total_steps=total_steps,
         total_tokens=total_tokens,
@@ -226,7 +238,7 @@ def estimate(
         sharded_memory=estimate_memory(
             config, model, dtype, deepest, num_devices, shards=num_devices
         )
-        if num_devices > 1
+        if num_devices > 1 and config.lora is None
         else None,
         num_devices=num_devices,
         device_name=name,
@@ -250,26 +262,36 @@ def estimate_memory(
     `shards`: devices that share one copy of weights, gradients and optimizer state. Weights are
     gathered for the length of a step, as a recurrence calls every block many times.
     """
-    stored = count_parameters(model).stored
+    trained = trained_parameters(config, model)
+    stored = count_parameters(model).stored + (0 if config.lora is None else trained)
     is_copy = dtype != torch.float32
     bins = max(1, config.batch_tokens // config.bin_size)
     tokens = config.bin_size if bins >= num_devices else config.batch_tokens // num_devices
     chunk = min(config.loss_chunk_bytes, 4 * model.vocab_size * tokens)
-    copy = 2 * 2 * stored if is_copy else 0
+    copy = 2 * (stored + trained) if is_copy else 0
     if shards > 1:
         copy = (2 if is_copy else 4) * stored + 4 * stored
-    head = 4 * model.vocab_size * model.hidden_size * num_losses(config, depth)
+    head = 0  # its gradient, where it has one
+    if config.lora is None:
+        head = 4 * model.vocab_size * model.hidden_size * num_losses(config, depth)
     return Memory(
         weights=-(-4 * stored // shards),
-        optimizer=-(-8 * stored // shards),
-        ema=-(-4 * stored // shards),
-        gradients=-(-4 * stored // shards),
+        optimizer=-(-8 * trained // shards),
+        ema=-(-4 * trained // shards),
+        gradients=-(-4 * trained // shards),
         compute_copy=copy,
         activations=int(
             activation_bytes(model, depth, dtype, config.activation_checkpointing) * tokens
         ),
         logits=int(chunk * (2.5 if is_copy else 2)) + head,
     )
+
+
+def trained_parameters(config: TrainConfig, model: ModelConfig) -> int:
+    """Weights that have gradient, moments and an average."""
+    if config.lora is None:
+        return count_parameters(model).stored
+    return count_adapters(model, config.lora)
 
 
 def activation_bytes(
@@ -299,6 +321,14 @@ def activation_bytes(
     )
 
 
+def step_flops(
+    config: TrainConfig, model: ModelConfig, depth: Depth, shape: dict[str, float]
+) -> float:
+    """`training_flops` of what the config trains, with the losses that it asks for."""
+    losses = num_losses(config, depth)
+    return training_flops(model, depth, losses=losses, frozen=config.lora is not None, **shape)
+
+
 def _mean_flops(
     config: TrainConfig, model: ModelConfig, total_steps: int, shape: dict[str, float]
 ) -> float:
@@ -307,7 +337,7 @@ def _mean_flops(
     mean = 0.0
     for H_cycles, probability in cycle_choices(config, model):
         depths = [depth_with(s, config, model, total_steps, H_cycles) for s in sampled]
-        flops = [training_flops(model, d, losses=num_losses(config, d), **shape) for d in depths]
+        flops = [step_flops(config, model, depth, shape) for depth in depths]
         mean += probability * float(np.mean(flops))
     return mean
 
@@ -335,9 +365,11 @@ def measure_speed(config: TrainConfig, model: ModelConfig, device: torch.device)
     """Tokens a second of a few real optimizer steps at full depth, on random rows."""
     dtype = pick_training_dtype(config.precision, device)
     master = build_model(model, seed=0, device=device)
+    if config.lora is not None:
+        add_adapters(master, config.lora, seed=0)
     compute = ComputeModel(master, dtype)
     optimizer = AdamAtan2(
-        master.parameters(),
+        parameter_groups(master, config.lora),
         lr=config.lr,
         ema_decay=config.ema_decay,
         kernel=config.optimizer_kernel,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -11,6 +12,7 @@ import torch
 from hrmtext.artifacts.layout import RunFolder, describe_versions
 from hrmtext.config.base import build, dump_yaml, to_mapping
 from hrmtext.config.train import TrainConfig
+from hrmtext.data.heldout import ValidationBatch
 from hrmtext.data.loader import GlobalBatch
 from hrmtext.errors import CheckpointError, ConfigError, TrainingInterrupted
 from hrmtext.model.depth import Depth
@@ -23,7 +25,9 @@ from hrmtext.runtime.memory import release_free_memory
 from hrmtext.train.build import build_compute
 from hrmtext.train.checkpoint import CheckpointWriter, RunIdentity, load_checkpoint
 from hrmtext.train.elastic import num_losses
-from hrmtext.train.metrics import Interval, MetricsLog, Stopwatch, device_use
+from hrmtext.train.forgetting import ForgettingCheck, describe
+from hrmtext.train.lora import parameter_groups
+from hrmtext.train.metrics import Interval, MetricsLog, Stopwatch, device_use, read_metrics
 from hrmtext.train.optim import AdamAtan2
 from hrmtext.train.parallel import any_rank, process_group, wait_for_all
 from hrmtext.train.progress import TrainingProgress
@@ -135,7 +139,9 @@ class Session:
         self.compute = build_compute(config, dtype, device)
         shards = self.compute.shards
         optimizer = AdamAtan2(
-            shards.parameters.values(),
+            shards.parameters.values()
+            if config.lora is None
+            else parameter_groups(self.compute.master, config.lora),
             lr=config.lr,
             betas=config.betas,
             weight_decay=config.weight_decay,
@@ -150,6 +156,7 @@ class Session:
             folder, shards, self.identity, source.tokenizer_folder,
             in_background=device.type == "cuda" if wanted == "auto" else wanted,
         )  # fmt: skip
+        self.forgetting = ForgettingCheck.of(config, source.tokenizer_folder)
         self.interval = Interval(device)
         self.watch = Stopwatch()
         self.last_validation: Validation | None = None
@@ -159,9 +166,11 @@ class Session:
         if resume not in ("auto", "never", "must"):
             raise ConfigError(f"resume is {resume!r}, expected auto, never or must")
         checkpoint = self._checkpoint_to_resume(resume)
-        if checkpoint is None and self.config.init_from is not None:
+        # A checkpoint of adapters does not hold the base, which a resumed run takes up again.
+        needs_start = checkpoint is None or self.config.lora is not None
+        if needs_start and self.config.init_from is not None:
             taken = start_from(self.config, self.state, self.source.tokenizer_folder)
-            self.compute.refresh()
+            self.compute.refresh(frozen=True)
             logger.info("starting from %s", taken)
         wait_for_all()  # the writer starts the folder only after every rank has looked at it
         if self.is_writer:
@@ -238,6 +247,7 @@ class Session:
         stopped_by: Literal["end", "max_minutes"] = "end"
         saved = self.state.step if self.state.step else -1
         self.saved_at = time.perf_counter()
+        self._check_forgetting(log, shown, is_start=True)
         self.watch.take()
         while self.state.step < self.total_steps:
             if self._out_of_time():
@@ -302,6 +312,7 @@ class Session:
             context_tokens=seen / max(1, own_tokens),
             head_share=batch.num_supervised_tokens / max(1, batch.num_tokens),
             losses=num_losses(self.config, depth),
+            frozen=self.config.lora is not None,
         )
         self.interval.add(
             result.sums,
@@ -357,12 +368,12 @@ class Session:
         return any_rank(late and self.is_writer, self.device)
 
     def _validate(self, log: MetricsLog | None, shown: TrainingProgress) -> None:
+        self._check_forgetting(log, shown)
         batches = self.source.validation(self.config)
         if not batches:
             return
         self.watchdog.beat("validation", self.state.step)
-        averages = self.state.optimizer.averages()
-        results = validate_both(self.compute, averages, batches, self.config, self.device)
+        results = self._score(batches)
         self.last_validation = Validation(self.state.step, results["raw"], results["ema"])
         if log is not None:
             log.write(self.last_validation.record())
@@ -373,6 +384,23 @@ class Session:
                 for name, value in results.items()
             )
         )
+
+    def _score(self, batches: Sequence[ValidationBatch]) -> dict[str, dict[str, Any]]:
+        averages = self.state.optimizer.averages()
+        return validate_both(self.compute, averages, batches, self.config, self.device)
+
+    def _check_forgetting(
+        self, log: MetricsLog | None, shown: TrainingProgress, *, is_start: bool = False
+    ) -> None:
+        if self.forgetting is None:
+            return
+        earlier = read_metrics(self.folder.metrics_file) if is_start else None
+        record = self.forgetting.run(self.state.step, self._score, earlier)
+        if record is None:
+            return
+        if log is not None:
+            log.write(record)
+        shown.say(f"forgetting at step {self.state.step}, {describe(record)}")
 
     def _save(self, log: MetricsLog | None) -> None:
         self.watchdog.beat("checkpoint", self.state.step)

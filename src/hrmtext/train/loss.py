@@ -196,7 +196,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         correct = torch.empty_like(labels, dtype=torch.bool)  # (S)
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
         # Chunks add up in fp32; the sum is rounded once to the weight's format.
-        grad_weight = torch.zeros_like(weight, dtype=wide) if needs_gradient else None
+        with_weight = needs_gradient and ctx.needs_input_grad[1]  # not where it is frozen
+        grad_weight = torch.zeros_like(weight, dtype=wide) if with_weight else None
         # A float would be compiled anew at every step; a CPU scalar goes into any kernel.
         factor = torch.tensor(scale, dtype=wide)
         for start in range(0, len(labels), chunk_rows):
@@ -206,15 +207,18 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 logits, labels[rows], factor, needs_gradient
             )
             del logits
-            if grad_hidden is None or grad_weight is None:
+            if grad_hidden is None:
                 continue
             torch.mm(grad, weight, out=grad_hidden[rows])
+            if grad_weight is None:
+                continue
             if grad.dtype == wide:
                 grad_weight.addmm_(grad.T, hidden[rows])
             else:
                 grad_weight += grad.T @ hidden[rows]
-        if grad_hidden is not None and grad_weight is not None:
-            ctx.save_for_backward(grad_hidden, grad_weight.to(weight.dtype))
+        if grad_hidden is not None:
+            of_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
+            ctx.save_for_backward(grad_hidden, of_weight)
         ctx.mark_non_differentiable(losses, correct)
         return losses.sum() * scale, losses, correct
 
@@ -222,7 +226,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         arriving = grad_outputs[0].to(grad_hidden.dtype)
-        return grad_hidden * arriving, grad_weight * arriving, None, None, None, None, None
+        of_weight = None if grad_weight is None else grad_weight * arriving
+        return grad_hidden * arriving, of_weight, None, None, None, None, None
 
 
 def forward_loss(

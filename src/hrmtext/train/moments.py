@@ -23,15 +23,21 @@ OPTIMIZER_FOLDER = "optimizer"
 class StoredParts(Mapping[str, torch.Tensor]):
     """This rank's chunks of stored parameters and moments, read one by one when asked for."""
 
-    def __init__(self, stored: SafetensorsFile | DcpFolder, shards: Shards) -> None:
-        self._names = stored.entries.keys()
+    def __init__(
+        self,
+        stored: SafetensorsFile | DcpFolder,
+        shards: Shards,
+        names: Mapping[str, str] | None = None,
+    ) -> None:
+        """`names`: our names -> those in the file; None: they are the same."""
+        self._names = {name: name for name in stored.entries} if names is None else names
         self._read: Callable[[str], torch.Tensor] = stored.read
         self._shards = shards
 
     def __getitem__(self, name: str) -> torch.Tensor:
         if name not in self._names:
             raise KeyError(name)
-        tensor = self._read(name)
+        tensor = self._read(self._names[name])
         return tensor if tensor.dim() == 0 else self._shards.part(tensor)
 
     def __iter__(self) -> Iterator[str]:

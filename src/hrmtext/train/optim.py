@@ -34,7 +34,7 @@ class AdamAtan2(torch.optim.Optimizer):
 
     def __init__(
         self,
-        params: Iterable[torch.nn.Parameter],
+        params: Iterable[torch.nn.Parameter] | Iterable[dict[str, Any]],
         *,
         lr: float,
         betas: tuple[float, float] = (0.9, 0.95),
@@ -146,9 +146,9 @@ class AdamAtan2(torch.optim.Optimizer):
                 _one_pass()(flat, scalars)
 
     def set_lr(self, lr: float) -> None:
-        """Set the learning rate of every group."""
+        """Set the learning rate of every group: `lr` times its `lr_scale`, where it has one."""
         for group in self.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group.get("lr_scale", 1.0)
 
     @torch.no_grad()
     def direction(self, parameter: torch.Tensor) -> torch.Tensor | None:
@@ -159,7 +159,12 @@ class AdamAtan2(torch.optim.Optimizer):
         beta1, beta2 = self.param_groups[0]["betas"]
         scale = local(state["exp_avg_sq"]).sqrt().div_(math.sqrt(1.0 - beta2 ** state["step"]))
         angle = torch.atan2(local(state["exp_avg"]), scale, out=scale)
-        return angle.div_(1.0 - beta1 ** state["step"])
+        rate = next(
+            group.get("lr_scale", 1.0)
+            for group in self.param_groups
+            if any(parameter is one for one in group["params"])
+        )
+        return angle.mul_(rate / (1.0 - beta1 ** state["step"]))
 
     def averages(self) -> list[torch.Tensor]:
         """The averages, in the order of the parameters; ConfigError where none are kept."""

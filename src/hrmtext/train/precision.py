@@ -34,9 +34,12 @@ class ComputeModel:
             raise ConfigError(f"master weights are {master_dtype}, expected torch.float32")
         self.is_copy = dtype != master_dtype
         self.module = copy.deepcopy(master).to(dtype) if self.is_copy else master
-        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = list(
-            zip(master.parameters(), self.module.parameters(), strict=True)
-        )
+        pairs = list(zip(master.parameters(), self.module.parameters(), strict=True))
+        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = [
+            pair for pair in pairs if pair[0].requires_grad
+        ]
+        """Trained weights of master and copy."""
+        self._frozen = [pair for pair in pairs if not pair[0].requires_grad]
         self._buffers: dict[int, torch.Tensor] = {}
         self.shards = Shards.whole(master)
 
@@ -83,16 +86,16 @@ class ComputeModel:
             torch._foreach_add_([pair[0] for pair in more], [pair[1] for pair in more])
 
     @torch.no_grad()
-    def refresh(self) -> None:
-        """Round the master weights into the copy."""
+    def refresh(self, *, frozen: bool = False) -> None:
+        """Round the master weights into the copy; frozen ones only when asked, after loading."""
         if self.is_copy:
-            copies = [computed for _, computed in self._pairs]
-            torch._foreach_copy_(copies, [master for master, _ in self._pairs])
+            pairs = [*self._pairs, *self._frozen] if frozen else self._pairs
+            torch._foreach_copy_([copy for _, copy in pairs], [master for master, _ in pairs])
 
     @contextlib.contextmanager
     @torch.no_grad()
     def using(self, weights: Sequence[torch.Tensor] | None) -> Iterator[HrmLM]:
-        """The module with other weights (the averages), in the order of the parameters.
+        """The module with other weights (the averages), in the order of the trained parameters.
 
         None: with its own. On leaving, the master's weights are back bit for bit.
         """

@@ -8,16 +8,21 @@ from typing import Any
 
 import torch
 
+from hrmtext.artifacts.adapters import BaseReference, fingerprint_of
+from hrmtext.artifacts.dcp import DcpFolder
 from hrmtext.artifacts.hub import local_path
+from hrmtext.artifacts.names import place_of
 from hrmtext.artifacts.opening import open_stored
 from hrmtext.artifacts.stored import StoredModel
+from hrmtext.artifacts.upstream import averaged_names
 from hrmtext.config.base import build, read_values, to_mapping
 from hrmtext.config.model import ModelConfig
 from hrmtext.config.train import TrainConfig
 from hrmtext.data.tokenizer import PromptTokenizer
 from hrmtext.errors import ConfigError
 from hrmtext.runtime.log import logger
-from hrmtext.train.moments import OPTIMIZER_FILE, has_moments, open_moments
+from hrmtext.train.moments import OPTIMIZER_FILE, StoredParts, has_moments, open_moments
+from hrmtext.train.parallel import Shards
 from hrmtext.train.state import TrainState
 
 MAX_INITIAL_SHARE = 0.05
@@ -84,22 +89,49 @@ def start_from(config: TrainConfig, state: TrainState, tokenizer_folder: Path | 
     stored = open_stored(local_path(config.init_from), config.init_weights)
     _require_same_shape(config, stored)
     _require_same_tokenizer(config, stored, tokenizer_folder)
-    for name in (*state.names(), *state.shards.buffers):
-        state.shards.assign(name, stored.tensor(name))
+    if config.lora is None:
+        for name in (*state.names(), *state.shards.buffers):
+            state.shards.assign(name, stored.tensor(name))
+    else:  # every rank holds the frozen weights whole
+        weights = state.model.state_dict()
+        for name in stored.names():
+            weights[name].copy_(stored.tensor(name))
+        # A Hub id stays as it is: where its files lie differs from machine to machine.
+        is_local = Path(config.init_from).exists()
+        path = str(stored.folder) if is_local else config.init_from
+        state.base = BaseReference(
+            path=path, weights=stored.weights, fingerprint=fingerprint_of(stored)
+        )
     what = {"only": "weights", "raw": "raw weights", "ema": "EMA weights"}[stored.weights]
     averages = dict(zip(state.names(), state.optimizer.averages(), strict=True))
     for name, parameter in state.names().items():
         averages[name].copy_(parameter)
     if config.init_optimizer:
-        if not has_moments(stored.folder):
-            raise ConfigError(
-                f"init_optimizer is set, but {stored.folder} holds no optimizer state "
-                f"({OPTIMIZER_FILE}); name a checkpoint of hrm-text, or leave it out"
-            )
-        moments = open_moments(stored.folder, state.shards)
+        moments = _moments(stored, state.shards)
         state.optimizer.import_state(state.names(), moments, state.names())
         what += " and optimizer state"
     return f"{what} of {stored.folder} ({stored.kind})"
+
+
+def _moments(stored: StoredModel, shards: Shards) -> StoredParts:
+    """This rank's chunks of the optimizer state beside a model."""
+    if has_moments(stored.folder):
+        return open_moments(stored.folder, shards)
+    names = {}
+    if stored.kind == "upstream":
+        store = DcpFolder(stored.folder)
+        for quantity in ("exp_avg", "exp_avg_sq", "step"):
+            found = averaged_names(store.entries, stored.config, quantity)
+            for outside, full in found.items():
+                place = place_of(outside, "upstream")
+                assert place is not None, outside
+                names[f"{quantity}.{place.name}"] = full
+        if names:
+            return StoredParts(store, shards, names)
+    raise ConfigError(
+        f"init_optimizer is set, but {stored.folder} holds no optimizer state; name a "
+        f"checkpoint of hrm-text ({OPTIMIZER_FILE}) or of the public training code, or leave it out"
+    )
 
 
 def _require_same_shape(config: TrainConfig, stored: StoredModel) -> None:

@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from hrmtext.artifacts.adapters import BaseReference
 from hrmtext.model import HrmLM
 from hrmtext.train.optim import AdamAtan2
 from hrmtext.train.parallel import Shards
@@ -41,6 +42,9 @@ class TrainState:
     stability: dict[str, Any] = dataclasses.field(default_factory=dict)
     """The stability guard's running statistics and counts."""
 
+    base: BaseReference | None = None
+    """What the frozen weights are, where only adapters are trained."""
+
     def __post_init__(self) -> None:
         if self.shards is None:
             self.shards = Shards.whole(self.model)
@@ -50,7 +54,7 @@ class TrainState:
         return self.shards.parameters
 
     def average(self) -> dict[str, torch.Tensor]:
-        """The EMA weights under the names of the model's state, buffers included."""
+        """The EMA of what is trained, by name, and the model's buffers."""
         return {
             **self.shards.buffers,
             **dict(zip(self.names(), self.optimizer.averages(), strict=True)),

@@ -77,3 +77,22 @@ def test_sizes_read_well():
     assert [format_bytes(x) for x in (512, 3.2 * 2**20, 28.13 * 2**30, 5000 * 2**30)] == [
         "512 B", "3.2 MiB", "28.1 GiB", "5,000.0 GiB",
     ]  # fmt: skip
+
+
+def test_frozen_weights_have_no_moments_no_average_and_no_gradient():
+    everything = estimate(load(TrainConfig, None, ["precision=bf16"]), device=CPU)
+    adapters = estimate(load(TrainConfig, None, ["precision=bf16", "lora={rank: 8}"]), device=CPU)
+    # By hand at XL: A is 8 x in for each part, B is out x 8: q, k, v, gate, o, then gate, up, down.
+    layer = 8 * (5 * (1536 + 1536) + 3 * (1536 + 4096))
+    assert adapters.trained_parameters == 32 * layer
+    assert adapters.stored_parameters == everything.stored_parameters
+    memory, stored = adapters.memory, everything.stored_parameters
+    assert (memory.optimizer, memory.ema, memory.gradients) == (
+        8 * 32 * layer, 4 * 32 * layer, 4 * 32 * layer,
+    )  # fmt: skip
+    assert memory.weights == 4 * (stored + 32 * layer)
+    assert memory.compute_copy == 2 * stored + 4 * 32 * layer
+    saved = everything.memory.total - memory.total
+    assert saved > (8 + 4 + 4) * 0.99 * stored  # moments, average, gradients
+    assert adapters.flops_per_token < everything.flops_per_token
+    assert "in adapters (0.7" in adapters.text() and "adapters" not in everything.text()

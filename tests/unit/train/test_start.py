@@ -1,10 +1,14 @@
 """A run can start from any model's weights, and refuses one that does not fit."""
 
 import shutil
+import sys
+from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from memory_source import MemorySource, random_rows, small_config
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from hrmtext.artifacts import load_model
 from hrmtext.artifacts.hf_folder import to_hf_config
@@ -20,6 +24,9 @@ from hrmtext.train import train_on
 from hrmtext.train.optim import AdamAtan2
 from hrmtext.train.start import load_config, start_from
 from hrmtext.train.state import TrainState
+
+sys.path.append(str(Path(__file__).parents[1] / "convert"))
+from upstream_helpers import Averaging, Head, write_configs
 
 
 @pytest.fixture(scope="module")
@@ -135,3 +142,39 @@ def test_what_is_not_there_is_named(trained, tmp_path):
     config = settings(init_from=str(bare_model(trained, tmp_path)), init_optimizer=True)
     with pytest.raises(ConfigError, match="holds no optimizer state"):
         start_from(config, fresh_state(config), None)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+@pytest.mark.filterwarnings("ignore:TypedStorage is deprecated")
+@pytest.mark.parametrize("which", ["raw", "ema"])
+def test_a_checkpoint_of_the_public_training_code_serves_with_its_optimizer(tmp_path, which):
+    write_configs(tmp_path)
+    model = Head(seed=3)
+    optimizer = Averaging(model.parameters())
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        of = optimizer.state[parameter]
+        of["step"] = torch.tensor(7.0)
+        for name in ("exp_avg", "exp_avg_sq", "param_ema"):
+            of[name] = torch.rand(parameter.shape, generator=generator)
+    content = {"model": model.state_dict(), "optim": get_optimizer_state_dict(model, optimizer)}
+    dcp.save(content, checkpoint_id=tmp_path / "fsdp2_epoch_1", no_dist=True)
+    config = load_config(
+        None, [f"init_from={tmp_path}", f"init_weights={which}", "init_optimizer=true"]
+    )
+    state = fresh_state(config)
+    assert which.lower() in start_from(config, state, None).lower()
+    theirs = {
+        "lm_head.weight": model.lm_head.weight,
+        "model.L_module.layers.1.attn.gqkv_proj.weight":
+            model.model.L_level.core.layers[1].attn.gqkv_proj.weight,
+        "model.embed_tokens.weight": model.embed_tokens.embedding_weight,
+    }  # fmt: skip
+    for name, parameter in theirs.items():
+        expected = parameter if which == "raw" else optimizer.state[parameter]["param_ema"]
+        ours = state.names()[name]
+        assert torch.equal(ours, expected) and torch.equal(state.average()[name], expected), name
+        moments = state.optimizer.state[ours]
+        assert moments["step"] == 7
+        for moment in ("exp_avg", "exp_avg_sq"):
+            assert torch.equal(moments[moment], optimizer.state[parameter][moment]), name

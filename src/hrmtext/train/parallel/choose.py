@@ -41,6 +41,8 @@ def choose_layout(config: TrainConfig, device: torch.device) -> Layout:
     if wanted == "auto":
         if ranks == 1:
             wanted, why = "none", "there is one rank"
+        elif config.lora is not None:
+            wanted, why = "ddp", "adapters are small, and every rank holds the frozen weights"
         elif config.shard_size is not None and config.shard_size < ranks:
             wanted, why = "hsdp", f"shard_size={config.shard_size} of {ranks} ranks"
         elif device.type == "cuda":

@@ -136,8 +136,9 @@ class ShardedModel:
             gradient = self._sharded[name].grad
             parameter.grad = None if gradient is None else cast(DTensor, gradient).to_local()
 
-    def refresh(self) -> None:
-        """Drop gathered weights, which an update has made stale."""
+    def refresh(self, *, frozen: bool = False) -> None:
+        """Drop gathered weights, which an update has made stale; none are `frozen` here."""
+        del frozen
         self._reshard()
 
     @contextlib.contextmanager

@@ -40,8 +40,8 @@ class Shards:
 
     @classmethod
     def whole(cls, model: nn.Module) -> Shards:
-        """All of a model on this rank."""
-        parameters = dict(model.named_parameters())
+        """All trained weights of a model on this rank."""
+        parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         shapes = {name: parameter.shape for name, parameter in parameters.items()}
         return cls(parameters, shapes, dict(model.named_buffers()))
 
