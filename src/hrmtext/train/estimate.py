@@ -3,40 +3,33 @@
 from __future__ import annotations
 
 import dataclasses
-import time
 
 import numpy as np
 import torch
 
-from hrmtext.batch import PackedBatch, RowLayout
 from hrmtext.config.base import dump_yaml, nearest
 from hrmtext.config.model import ModelConfig
 from hrmtext.config.train import TrainConfig
-from hrmtext.data.loader import GlobalBatch
 from hrmtext.errors import ConfigError
-from hrmtext.model import build_model
 from hrmtext.model.depth import Depth
 from hrmtext.model.flops import count_parameters, training_flops
 from hrmtext.runtime.device import pick_training_dtype
-from hrmtext.runtime.rng import numpy_generator
 from hrmtext.train.elastic import cycle_choices, num_losses
-from hrmtext.train.lora import add_adapters, count_adapters, parameter_groups
+from hrmtext.train.lora import count_adapters
 from hrmtext.train.metrics import PEAK_BF16_FLOPS, named_peak_flops, peak_flops
-from hrmtext.train.optim import AdamAtan2
-from hrmtext.train.precision import ComputeModel
+from hrmtext.train.probe import (
+    PROBE_STEPS,
+    TYPICAL_HEAD_SHARE,
+    TYPICAL_ROW_TOKENS,
+    measure_speed,
+)
 from hrmtext.train.progress import format_time
 from hrmtext.train.recompute import Recomputed
 from hrmtext.train.schedule import depth_with
 from hrmtext.train.source import DataSource
-from hrmtext.train.step import TrainStep
 
 ASSUMED_SHARE = 0.38
 """Share of a GPU's bf16 peak that the published runs reached."""
-TYPICAL_ROW_TOKENS = 135
-"""Mean length of a row of the published corpus, assumed where no data is given."""
-TYPICAL_HEAD_SHARE = 0.3
-"""Share of tokens that bear loss, assumed where no data is given."""
-PROBE_STEPS = 3
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -359,60 +352,6 @@ def _assumed(
         return None, "unknown until measured (--measure runs a few steps)"
     speed = ASSUMED_SHARE * peak * num_devices / flops_per_token
     return speed, f"assumed: {100 * ASSUMED_SHARE:.0f}% of the device's bf16 peak, not measured"
-
-
-def measure_speed(config: TrainConfig, model: ModelConfig, device: torch.device) -> float:
-    """Tokens a second of a few real optimizer steps at full depth, on random rows."""
-    dtype = pick_training_dtype(config.precision, device)
-    master = build_model(model, seed=0, device=device)
-    if config.lora is not None:
-        add_adapters(master, config.lora, seed=0)
-    compute = ComputeModel(master, dtype)
-    optimizer = AdamAtan2(
-        parameter_groups(master, config.lora),
-        lr=config.lr,
-        ema_decay=config.ema_decay,
-        kernel=config.optimizer_kernel,
-    )
-    step = TrainStep(compute, optimizer, config, device)
-    batch = random_batch(config, model)
-    depth = depth_with(1, config, model, 1, model.H_cycles)
-    times = []
-    for index in range(PROBE_STEPS + 1):
-        start = time.perf_counter()
-        step.run(batch, depth=depth, lr=0.0, step=index)  # the guard waits for the device
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - start)
-    return batch.num_tokens / min(times[1:])
-
-
-def random_batch(config: TrainConfig, model: ModelConfig) -> GlobalBatch:
-    """A step of full bins of rows of typical length, a third of each supervised."""
-    generator = numpy_generator(config.seed, "probe")
-    length = min(TYPICAL_ROW_TOKENS, model.max_seq_len, config.bin_size)
-    prompt = max(1, round(length * (1 - TYPICAL_HEAD_SHARE)))
-    bins = []
-    for _ in range(max(1, config.batch_tokens // config.bin_size)):
-        num_rows = max(1, config.bin_size // length)
-        used = num_rows * length
-        size = config.bin_size if config.pad_bins else used
-        tokens = torch.from_numpy(generator.integers(0, model.vocab_size, size))
-        position = torch.arange(used) % length
-        labels = torch.full((size,), -100)
-        supervised = (position >= prompt - 1).nonzero().squeeze(1)
-        labels[supervised] = tokens[supervised]
-        prefix = prompt if model.prefix_lm else 0
-        layout = RowLayout.from_prefixes([length] * num_rows, [prefix] * num_rows, size)
-        positions = torch.cat((position, torch.arange(size - used)))
-        bins.append(PackedBatch(tokens=tokens, labels=labels, positions=positions, layout=layout))
-    return GlobalBatch(
-        index=0,
-        epoch=0,
-        bins=bins,
-        num_supervised_tokens=sum(int((b.labels != -100).sum()) for b in bins),
-        num_tokens=sum(sum(b.layout.lengths) for b in bins),
-    )
 
 
 def format_bytes(size: float) -> str:

@@ -91,9 +91,7 @@ def _draw(A: torch.Tensor, seed: int, name: str) -> None:
     A.copy_(drawn)
 
 
-def parameter_groups(
-    model: HrmLM, lora: LoraConfig
-) -> list[dict[str, Any]]:
+def parameter_groups(model: HrmLM, lora: LoraConfig) -> list[dict[str, Any]]:
     """What the optimizer trains: the adapters of each stack at its own rate."""
     groups = []
     for stack in model.config.stacks:

@@ -9,8 +9,9 @@ from hrmtext.config.model import preset
 from hrmtext.config.train import TrainConfig
 from hrmtext.model import build_model
 from hrmtext.model.depth import Depth
-from hrmtext.train.estimate import activation_bytes, estimate, format_bytes, random_batch
+from hrmtext.train.estimate import activation_bytes, estimate, format_bytes
 from hrmtext.train.loss import Microbatch
+from hrmtext.train.probe import random_batch
 
 CPU = torch.device("cpu")
 

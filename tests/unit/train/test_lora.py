@@ -26,6 +26,7 @@ from hrmtext.train import train_on
 from hrmtext.train.lora import add_adapters, count_adapters, parameter_groups
 from hrmtext.train.metrics import read_metrics
 from hrmtext.train.optim import AdamAtan2
+from hrmtext.train.parallel import choose_layout
 from hrmtext.train.step import TrainStep
 
 LORA = {"rank": 2, "alpha": 4.0}
@@ -307,6 +308,12 @@ def test_rates_fall_with_the_calls_of_a_stack():
     assert [group["lr_scale"] for group in parameter_groups(single, fixed)] == [0.25]
 
 
+def test_several_ranks_hold_the_frozen_weights_whole_also_on_gpus(base, monkeypatch):
+    monkeypatch.setattr("hrmtext.runtime.dist.world_size", lambda: 4)
+    for device in ("cpu", "cuda"):
+        assert choose_layout(settings(base), torch.device(device)).strategy == "ddp"
+
+
 def test_what_cannot_be_meant_is_refused(base, tmp_path):
     with pytest.raises(ConfigError, match="init_from names none"):
         fine_tune(base, tmp_path / "run", init_from=None)
@@ -316,6 +323,9 @@ def test_what_cannot_be_meant_is_refused(base, tmp_path):
         settings(base, lora={"rank": 0})
     with pytest.raises(ConfigError, match="expected some of gate, q"):
         settings(base, lora={"targets": ["q", "q"]})
+    for changes in ({"parallel": "fsdp"}, {"parallel": "hsdp"}, {"shard_size": 2}):
+        with pytest.raises(ConfigError, match="use parallel=ddp or auto"):
+            settings(base, **changes)
     with pytest.raises(ConfigError, match="one stack is H"):
         shape = {"preset": "test", "architecture": "ut"}
         settings(base, model=shape, bp_first=2, bp_last=2, lora={"stacks": "L"})
