@@ -49,7 +49,7 @@ def test_weights_of_adapters_agree_within_rounding(tmp_path):
                     command, env={**os.environ, **group}, stderr=subprocess.PIPE, text=True
                 )
             )
-    errors = [process.communicate(timeout=120)[1] for process in processes]
+    errors = [process.communicate(timeout=300)[1] for process in processes]
     assert [process.returncode for process in processes] == [0, 0, 0], errors
     one, two = (RunFolder(tmp_path / f"run{n}").latest() for n in (1, 2))
     assert one.name == two.name
