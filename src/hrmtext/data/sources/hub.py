@@ -97,15 +97,18 @@ def _require_datasets(source: Source) -> Any:
 
 @contextlib.contextmanager
 def _explained(source: Source, repository: str) -> Iterator[None]:
-    import httpx
     from datasets.exceptions import DatasetsError
 
     try:
         yield
     except DataError:
         raise
-    # The Hub's client lets httpx's own errors through, which are no OSError.
-    except (OSError, ValueError, RuntimeError, httpx.HTTPError, DatasetsError) as error:
+    except Exception as error:
+        # The Hub's client lets its HTTP library's own errors through, which are no OSError; the
+        # library is httpx or, from huggingface-hub 2.4 on, httpx2.
+        known = isinstance(error, OSError | ValueError | RuntimeError | DatasetsError)
+        if not known and not type(error).__module__.startswith("httpx"):
+            raise
         raise DataError(
             f"source {source.name}: could not read {repository} ({type(error).__name__}: {error}). "
             "Check the connection and that you may read the data set, or set path to a local copy"

@@ -6,7 +6,6 @@ import dataclasses
 import sys
 
 import datasets
-import httpx
 import huggingface_hub
 import pytest
 from layouts import write_jsonl, write_parquet
@@ -133,8 +132,11 @@ def test_a_hub_that_cannot_be_read_says_so(tmp_path):
 
 @pytest.mark.parametrize("name", ["synth", "gsm8k"])
 def test_a_connection_that_fails_is_one_clear_error(monkeypatch, name):
+    http = vars(huggingface_hub.utils._http)  # the library that the installed client uses
+    library = http.get("httpx2") or http["httpx"]
+
     def fail(*arguments, **options):
-        raise httpx.ConnectError("Name or service not known")
+        raise library.ConnectError("Name or service not known")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", fail)
     monkeypatch.setattr(datasets, "load_dataset", fail)
