@@ -282,7 +282,7 @@ def test_torchrun_starts_a_killed_run_again_by_itself(whole, data, tmp_path):
     recipe, run = tmp_path / "recipe.yaml", RunFolder(tmp_path / "run")
     recipe.write_text(dump_yaml(config()))
     # A thread each: equal numbers of threads are a part of equal bits.
-    place = {"NODES": "1", "RANKS_PER_NODE": "2", "RESTARTS": "1", "OMP_NUM_THREADS": "1"}
+    place = {"NODES": "1", "RANKS_PER_NODE": "2", "RESTARTS": "3", "OMP_NUM_THREADS": "1"}
     place["PYTHON"] = sys.executable
     command = [
         "bash", str(launch), str(recipe), "--data", str(data), "--run", str(run.path),

@@ -350,7 +350,7 @@ def test_the_command_line_answers_from_a_gguf_file(model, path, capsys):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--dtype", "bf16", "--compile"], "--dtype, --compile cannot be used"),
+        (["--dtype", "bf16", "--step", "eager"], "--dtype, --step cannot be used"),
         (["--device", "cuda"], "--device cannot be used"),
         (["--weights", "ema"], "--weights cannot be used"),
         (["--guidance", "0.1"], "guidance compares"),

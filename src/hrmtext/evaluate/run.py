@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib.util
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from hrmtext.config.base import to_mapping
 from hrmtext.config.evaluate import EvaluateConfig
 from hrmtext.config.generate import GenerateConfig
 from hrmtext.data.example import HeldOutRow
-from hrmtext.errors import DataError
+from hrmtext.errors import BackendError, DataError
 from hrmtext.evaluate.report import EvaluationReport, FamilyResult, Prediction
 from hrmtext.evaluate.score import (
     NORMALISATION,
@@ -121,18 +122,25 @@ def _answer(
     depth = None
     if config.H_cycles is not None or config.L_cycles is not None:
         depth = (config.H_cycles or model.config.H_cycles, config.L_cycles or model.config.L_cycles)
-    found = model.generate_ids(
-        [prompts[i] for i in fits],
-        [blocks[i] for i in fits],
-        GenerateConfig(
-            max_new_tokens=config.max_new_tokens,
-            guidance=config.guidance,
-            batch_tokens=config.batch_tokens,
-        ),
-        depth=depth,
-        with_logprobs=False,
-        progress=progress,
+    settings = GenerateConfig(
+        max_new_tokens=config.max_new_tokens,
+        guidance=config.guidance,
+        batch_tokens=config.batch_tokens,
     )
+    options: dict[str, Any] = {"depth": depth, "with_logprobs": False, "progress": progress}
+    if any(rows[i].history for i in fits):
+        if not isinstance(model, TextModel):
+            raise BackendError(
+                f"{type(model).__name__} reads a prompt as one block, and some held-out rows have "
+                "earlier turns, a block each; evaluate the model in another form than GGUF"
+            )
+        found = model.generate_ids(
+            [prompts[i] for i in fits], [blocks[i] for i in fits], settings, **options
+        )
+    else:
+        found = model.generate_tokens(
+            [rows[i].instruction for i in fits], [conditions[i] for i in fits], settings, **options
+        )
     answers: list[Generated | None] = [None] * len(rows)
     for place, answer in zip(fits, found, strict=True):
         answers[place] = answer

@@ -37,12 +37,12 @@ class Steps:
             if self._auto is None:
                 self._auto = self._choose()
             name = self._auto
-        cpp = self._made.get("cpp")
-        if isinstance(cpp, CppStep) and not cpp.is_current():
-            del self._made["cpp"]  # the weights were changed: pack them anew
-        if name not in self._made:
-            self._made[name] = self._make(name)
-        return self._made[name]
+        step = self._made.get(name)
+        if isinstance(step, CppStep):
+            step.pack()
+        elif step is None:
+            step = self._made[name] = self._make(name)
+        return step
 
     def _make(self, name: str) -> StepFunction:
         if name == "cpp":
@@ -68,8 +68,6 @@ class Steps:
             return "the model is not on a CPU"
         if compiler() is None:
             return "there is no C++ compiler for the CPU kernel"
-        if any(tensor.is_inference() for tensor in self.model.state_dict().values()):
-            return "changes of inference tensors cannot be noticed"
         if packed_bytes(self.model) > CPP_BYTES:
             return f"packed weights would take more than {CPP_BYTES >> 20} MiB"
         return why_not(self.model)

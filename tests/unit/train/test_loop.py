@@ -324,11 +324,11 @@ def test_checkpoints_by_time_change_nothing_that_is_computed(tmp_path, whole, mo
 
 
 def test_the_best_checkpoint_is_kept_and_loads_by_name(tmp_path, monkeypatch):
-    from hrmtext.train import loop
+    from hrmtext.train import validate as validation
 
-    original, losses = loop.validate, iter((9.0, 9.0, 4.0, 4.0, 5.0, 5.0, 6.0, 6.0))
+    original, losses = validation.validate, iter((9.0, 9.0, 4.0, 4.0, 5.0, 5.0, 6.0, 6.0))
     monkeypatch.setattr(
-        loop, "validate", lambda *a, **k: {**original(*a, **k), "loss": next(losses)}
+        validation, "validate", lambda *a, **k: {**original(*a, **k), "loss": next(losses)}
     )
     folder = tmp_path / "run"
     train_on(small_config(keep_last=1), make_source(), run_folder=folder, progress="none")

@@ -72,7 +72,7 @@ class CppStep:
 
     Activations, sums and the cache are fp32; weights are read in their own format where the
     processor multiplies it (bf16 then rounds what each product reads, as the module does), else in
-    fp32. The packed weights are a copy: see `is_current`.
+    fp32. The packed weights are a copy: see `pack`.
     """
 
     is_compiled = False
@@ -92,15 +92,20 @@ class CppStep:
         self._library = library()
         self._lanes = int(self._library.hrm_lanes())
         self._bf16 = _in_bf16(model)
-        self._versions = _versions(model)
         self._kept: list[torch.Tensor] = []  # what the kernel's pointers point to
         self._layers: list[ctypes.Array[_Layer]] = []
-        self._packed = self._pack_model()
         self._workspace = torch.empty(0)
+        self.pack()
 
-    def is_current(self) -> bool:
-        """Whether the model's weights are still those that were packed."""
-        return self._versions == _versions(self.model)
+    def pack(self) -> None:
+        """Pack the weights as they are now.
+
+        Called before every batch: a write through `.data` leaves no trace that could be looked for,
+        and stale weights would answer wrongly in silence. It takes as long as a step or two.
+        """
+        self._kept.clear()
+        self._layers.clear()
+        self._packed = self._pack_model()
 
     def __call__(
         self, tokens: torch.Tensor, cache: KVCache, depth: Depth | None, guidance: float
@@ -204,14 +209,6 @@ class CppStep:
 
 def _in_bf16(model: HrmLM) -> bool:
     return model.lm_head.weight.dtype == torch.bfloat16 and bool(library().hrm_has_bf16())
-
-
-def _versions(model: HrmLM) -> list[tuple[int, int]]:
-    """Changes when a weight is replaced or written to; tensors of inference mode do not count."""
-    return [
-        (tensor.data_ptr(), -1 if tensor.is_inference() else tensor._version)
-        for tensor in model.state_dict(keep_vars=True).values()
-    ]
 
 
 def _pointers(tensors: list[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
