@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import os
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -16,6 +17,21 @@ from hrmtext.runtime.device import communication_backend, device_of_rank
 
 BUCKET_BYTES = 64 << 20
 """Gradients travel in flat buffers of about this size."""
+
+
+def _meeting_place(timeout: datetime.timedelta) -> dict[str, Any]:
+    """Where ranks exchange addresses, if not where torch would: on one node under torchrun.
+
+    Its store outlives the ranks (torch 2.13), so that ranks started again would meet the addresses
+    of those that are gone. On several nodes every restart has a store of its own, and the nodes'
+    counts of restarts differ.
+    """
+    restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    if os.environ.get("GROUP_WORLD_SIZE") != "1" or restarts == "0":
+        return {}
+    store, rank, num_ranks = next(iter(torch_dist.rendezvous("env://", timeout=timeout)))
+    store = torch_dist.PrefixStore(f"restart_{restarts}", store)
+    return {"store": store, "rank": rank, "world_size": num_ranks}
 
 
 @contextlib.contextmanager
@@ -40,7 +56,8 @@ def process_group(device: torch.device, *, timeout_s: float = 1_800.0) -> Iterat
         torch.cuda.set_device(device)
     backend = communication_backend(device)
     try:
-        torch_dist.init_process_group(backend, timeout=datetime.timedelta(seconds=timeout_s))
+        timeout = datetime.timedelta(seconds=timeout_s)
+        torch_dist.init_process_group(backend, timeout=timeout, **_meeting_place(timeout))
     except (RuntimeError, ValueError) as error:
         raise RankError(
             f"rank {os.environ.get('RANK', '?')} of {num_ranks} could not join the others at "
