@@ -54,7 +54,7 @@ class FlexPlan:
                 "attention=sdpa there, or wrap the forward pass in torch.no_grad()"
             )
         heads = (x.transpose(0, 1)[None] for x in (q, k, v))  # (1, N, T, K) each
-        out = _compiled()(*heads, block_mask=self.block_mask)[0].transpose(0, 1)  # (T, N, K)
+        out = _compiled()(*heads, self.block_mask)[0].transpose(0, 1)  # (T, N, K)
         if self.num_padding:
             padding = (0, 0, 0, 0, 0, self.num_padding)
             out = torch.nn.functional.pad(out[: self.num_used], padding)
@@ -127,6 +127,15 @@ def _listed(blocks: np.ndarray, device: torch.device) -> tuple[torch.Tensor, tor
     return counted, ordered
 
 
+def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_mask: BlockMask) -> Any:
+    """flex_attention under a name of its own.
+
+    torch keeps what it learns of shapes with the compiled function. Compiled directly, the shapes
+    of other libraries' calls count among ours, and with two batch sizes its C++ does not compile.
+    """
+    return flex_attention(q, k, v, block_mask=block_mask)
+
+
 @cache
 def _compiled() -> Any:
-    return torch.compile(flex_attention)
+    return torch.compile(_attention)
