@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import tyro
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from hrmtext.data.engine import Engine
     from hrmtext.data.prepare import PreparedData
     from hrmtext.data.sources.source import Source
+
+EngineName = Literal["local", "ray"]
 
 
 def overview() -> int:
@@ -85,6 +88,8 @@ def tokenize(
     out: Annotated[Path, tyro.conf.Positional],
     /,
     *,
+    engine: EngineName = "local",
+    address: str | None = None,
     num_workers: int | None = None,
 ) -> int:
     """Tokenise cleaned rows, in parallel; files that are up to date are left alone.
@@ -93,7 +98,9 @@ def tokenize(
         clean: folder (or file) of cleaned rows, JSONL or Parquet.
         tokenizer: tokenizer.json or its folder.
         out: folder of the result, one folder a stratum.
-        num_workers: processes; None: one a core.
+        engine: where tasks run: processes of this machine, or a Ray cluster.
+        address: of a running Ray cluster, auto on one of its nodes; None: start one here.
+        num_workers: processes on this machine; None: one a core.
     """
     from rich.console import Console
 
@@ -101,9 +108,9 @@ def tokenize(
     from hrmtext.data.tokenize import tokenize_files
     from hrmtext.data.tokenizer import PromptTokenizer
 
-    with stage_progress() as progress:
+    with _engine(engine, address, num_workers) as workers, stage_progress() as progress:
         report = tokenize_files(
-            clean, out, PromptTokenizer.load(tokenizer), num_workers=num_workers, progress=progress
+            clean, out, PromptTokenizer.load(tokenizer), engine=workers, progress=progress
         )
     print(
         f"{report.num_strata} strata ({report.num_redone} tokenised now, {report.num_removed} "
@@ -251,6 +258,15 @@ def contamination(
     print(audit_text(result))
     print(f"written: {path} and {path.with_suffix('.html').name}")
     return 0
+
+
+def _engine(name: EngineName, address: str | None, num_workers: int | None) -> Engine:
+    from hrmtext.config.base import build
+    from hrmtext.config.data import EngineConfig
+    from hrmtext.data.engine import open_engine
+
+    values = {"name": name, "address": address, "num_workers": num_workers}
+    return open_engine(build(EngineConfig, values, where="the options of the engine"))
 
 
 def print_prepared(console: Console, prepared: PreparedData) -> None:

@@ -11,10 +11,12 @@ import contextlib
 import dataclasses
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from hrmtext.data.engine import Engine, LocalEngine
 from hrmtext.data.format import (
     METADATA_FILE,
     REPORT_FILE,
@@ -27,7 +29,7 @@ from hrmtext.data.parts import PART_BYTES, Part, plan_parts
 from hrmtext.data.sources.local import PLACES_KEPT, RowProblems, find_files
 from hrmtext.data.stratum import StratumWriter
 from hrmtext.data.tokenizer import TOKENIZER_FILE, PromptTokenizer
-from hrmtext.data.workers import Progress, WorkerPool
+from hrmtext.data.workers import Progress
 from hrmtext.errors import CheckpointError, DataError
 from hrmtext.runtime.io import (
     MARKER,
@@ -39,11 +41,8 @@ from hrmtext.runtime.io import (
 )
 from hrmtext.runtime.log import logger
 
-WORKER = "hrmtext.data.tokenize_worker"
 FORMAT_VERSION = 2
 PARTS_FOLDER = ".parts"
-MIN_BYTES_FOR_WORKERS = 8_000_000
-"""Below this, starting processes takes longer than tokenising in this one."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +70,7 @@ def tokenize_files(
     tokenizer: PromptTokenizer,
     *,
     num_workers: int | None = None,
+    engine: Engine | None = None,
     part_bytes: int = PART_BYTES,
     progress: Progress | None = None,
 ) -> TokenizeReport:
@@ -82,8 +82,9 @@ def tokenize_files(
 
     Args:
         sources: a file, a folder, or stratum name -> file.
-        num_workers: processes; None: one a core where there is enough to do. The result is the
-            same. One process uses all cores too, but reads and writes on one.
+        num_workers: processes of this machine; None: one a core where there is enough to do. The
+            result is the same. One process uses all cores too, but reads and writes on one.
+        engine: where tasks run, in place of `num_workers` processes.
         part_bytes: about how much of a file is one part; the result is the same.
 
     Raises:
@@ -100,9 +101,12 @@ def tokenize_files(
         todo = [name for name in files if not _is_current(out / name, files[name], tokenizer)]
         # The largest first, so that the last to finish are small.
         todo.sort(key=lambda name: (-files[name].stat().st_size, name))
-        _Run(out, {name: files[name] for name in todo}, tokenizer, part_bytes, progress).work(
-            num_workers
-        )
+        run = _Run(out, {name: files[name] for name in todo}, part_bytes, progress)
+        if engine is not None:
+            run.work(engine)
+        else:
+            with LocalEngine(num_workers) as local:
+                run.work(local)
         shutil.rmtree(out / PARTS_FOLDER, ignore_errors=True)
         markers = {name: require_complete(out / name) for name in sorted(files)}
         report = TokenizeReport(
@@ -127,10 +131,10 @@ class _Run:
         self,
         out: Path,
         files: Mapping[str, Path],
-        tokenizer: PromptTokenizer,
         part_bytes: int,
         progress: Progress | None,
     ) -> None:
+        self.out = out
         self.progress = progress
         self.num_bytes = sum(path.stat().st_size for path in files.values())
         self.done = 0.0
@@ -142,6 +146,7 @@ class _Run:
             parts = plan_parts(path, part_bytes)
             stat = path.stat()
             request = {
+                "task": "tokenize",
                 "what": f"tokenizing {path}",
                 "tokenizer": str(out / TOKENIZER_FILE),
                 "source": str(path),
@@ -158,22 +163,12 @@ class _Run:
                 self._add(request | {"part": part, "folder": folder}, stat.st_size / len(parts))
             self.waiting[str(path)] = len(parts)
             self.joins[str(path)] = request | {"join": folders}
-        self.tokenizer = tokenizer
 
-    def work(self, num_workers: int | None) -> None:
+    def work(self, engine: Engine) -> None:
         """Answer all requests."""
-        if num_workers is None:
-            many = self.num_bytes >= MIN_BYTES_FOR_WORKERS
-            num_workers = (os.cpu_count() or 1) if many else 1
-        if num_workers > 1 and len(self.requests) > 1:
-            with WorkerPool(WORKER, num_workers) as pool:
-                pool.ask(self.requests, self._answered)
-            return
-        for index, request in enumerate(self.requests):
-            _answer(request, self.tokenizer)
-            join = self._answered(index)
-            if join is not None:
-                _answer(join, self.tokenizer)
+        if self.requests:
+            engine.require(written=[self.out], read=sorted({Path(r["source"]) for r in self.requests}))
+            engine.ask(self.requests, self._answered, num_bytes=self.num_bytes)
 
     def _add(self, request: dict[str, Any], weight: float) -> None:
         self.requests.append(request)
@@ -318,7 +313,11 @@ def _remove_orphans(out: Path, expected: set[str]) -> int:
     return removed
 
 
-def _answer(request: dict[str, Any], tokenizer: PromptTokenizer) -> None:
+def answer(request: dict[str, Any]) -> None:
+    """Do one task of `tokenize_files`: a file, a part of one, or the joining of its parts."""
+    path = Path(request["tokenizer"])
+    stat = path.stat()
+    tokenizer = _load_tokenizer(path.resolve(), stat.st_size, stat.st_mtime_ns)
     if "join" in request:
         _join_parts(request, tokenizer)
     elif "part" in request:
@@ -327,14 +326,7 @@ def _answer(request: dict[str, Any], tokenizer: PromptTokenizer) -> None:
         tokenize_file(Path(request["source"]), Path(request["folder"]), tokenizer)
 
 
-def handler() -> Callable[[dict[str, Any]], None]:
-    """Answers the requests of `tokenize_files` in a worker process."""
-    loaded: dict[str, PromptTokenizer] = {}
-
-    def handle(request: dict[str, Any]) -> None:
-        path = request["tokenizer"]
-        if path not in loaded:
-            loaded[path] = PromptTokenizer.load(path)
-        _answer(request, loaded[path])
-
-    return handle
+@lru_cache(maxsize=2)
+def _load_tokenizer(path: Path, size: int, mtime_ns: int) -> PromptTokenizer:
+    """Load a tokenizer, or the one loaded before: the file's size and time tell whether it is."""
+    return PromptTokenizer.load(path)

@@ -7,18 +7,20 @@ import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
-from hrmtext.batch import TokenTurn
 from hrmtext.config.base import nearest
 from hrmtext.data.example import DEFAULT_CONDITION, Turn
 from hrmtext.errors import DataError
 from hrmtext.runtime.io import fingerprint, write_json, write_text
 from hrmtext.runtime.log import logger
+
+if TYPE_CHECKING:
+    from hrmtext.batch import TokenTurn
 
 SPECIAL_TOKENS: tuple[str, ...] = (
     "<|PAD|>", "<|direct|>", "<|cot|>", "<|noisy|>", "<|synth|>", "<|endoftext|>",
@@ -258,6 +260,8 @@ class PromptTokenizer:
         self, turns: Sequence[Turn], condition: str = DEFAULT_CONDITION
     ) -> list[TokenTurn]:
         """The turns of one conversation, each as a prompt with `condition` and a response."""
+        from hrmtext.batch import TokenTurn  # torch comes with it; tokenising rows does without
+
         prompts = self.encode_prompts([turn.instruction for turn in turns], condition)
         responses = self.encode_responses([turn.response for turn in turns])
         return [

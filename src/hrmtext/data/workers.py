@@ -149,12 +149,23 @@ def serve(handler: Callable[[dict[str, Any]], Any]) -> None:
     with os.fdopen(os.dup(1), "w", encoding="utf-8") as answers:
         os.dup2(2, 1)
         for line in sys.stdin:
-            try:
-                reply = {"answer": handler(json.loads(line))}
-            except HrmTextError as error:
-                reply = {"error": type(error).__name__, "message": str(error)}
-            answers.write(json.dumps(reply) + "\n")
+            answers.write(json.dumps(reply_to(handler, json.loads(line))) + "\n")
             answers.flush()
+
+
+def reply_to(handler: Callable[[dict[str, Any]], Any], request: dict[str, Any]) -> dict[str, Any]:
+    """The handler's answer, or the error that it raised, for `unpack` on the other side."""
+    try:
+        return {"answer": handler(request)}
+    except HrmTextError as error:
+        return {"error": type(error).__name__, "message": str(error)}
+
+
+def unpack(reply: dict[str, Any]) -> Any:
+    """The answer in a reply; raises the error that is in it instead."""
+    if "error" in reply:
+        raise getattr(errors, reply["error"])(reply["message"])
+    return reply["answer"]
 
 
 def _exchange(process: subprocess.Popen[str], log: IO[bytes], request: dict[str, Any]) -> Any:
@@ -171,10 +182,7 @@ def _exchange(process: subprocess.Popen[str], log: IO[bytes], request: dict[str,
         tail = log.read()[-2000:].decode(errors="replace")
         what = request.get("what", "a request")
         raise WorkerDied(f"the process for {what} ended with status {status}; it wrote:\n{tail}")
-    reply = json.loads(line)
-    if "error" in reply:
-        raise getattr(errors, reply["error"])(reply["message"])
-    return reply["answer"]
+    return unpack(json.loads(line))
 
 
 def _end_with_parent() -> None:

@@ -1,0 +1,146 @@
+"""Where the tasks of cleaning and tokenising run: this process, processes beside it, or a cluster.
+
+A task is a request of plain JSON values whose key `task` names what is to be done. It reads and
+writes files that it names, whole or not at all, so it may be repeated anywhere: a task whose worker
+is lost is run again, and no engine changes a byte of the result.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self
+
+from hrmtext.config.data import EngineConfig
+from hrmtext.data.workers import WorkerPool
+from hrmtext.errors import DataError
+
+TASKS = {
+    "tokenize": "hrmtext.data.tokenize",
+}
+"""Task -> the module whose `answer(request)` does it."""
+WORKER = "hrmtext.data.task_worker"
+MIN_BYTES_FOR_WORKERS = 8_000_000
+"""Below this, starting processes takes longer than doing the work in this one."""
+
+Request = dict[str, Any]
+OnAnswer = Callable[[int], Request | None]
+
+
+class Engine(Protocol):
+    """Answers requests; a context manager, which lets go of its workers at the end."""
+
+    def __enter__(self) -> Self: ...
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None: ...
+
+    def require(self, *, written: Sequence[Path], read: Sequence[Path]) -> None:
+        """Make sure that every worker runs this version and sees what tasks write and read.
+
+        Args:
+            written: folders on this machine that tasks will write to.
+            read: files that they will read.
+
+        Raises:
+            DataError: one does not; the message names it.
+        """
+        ...
+
+    def ask(
+        self,
+        requests: Sequence[Request],
+        on_answer: OnAnswer = lambda index: None,
+        *,
+        num_bytes: int,
+    ) -> list[Any]:
+        """The answers to `requests`, in their order; see `WorkerPool.ask`.
+
+        Args:
+            num_bytes: about how much all of them read, for the choice of how many workers.
+        """
+        ...
+
+
+def open_engine(config: EngineConfig | None = None) -> Engine:
+    """The engine that a configuration names; no process is started before there is work.
+
+    Raises:
+        BackendError: its package is not installed, or its cluster cannot be reached.
+    """
+    config = config or EngineConfig()
+    if config.name == "ray":
+        from hrmtext.data.ray_engine import RayEngine
+
+        return RayEngine(config.address, config.num_workers)
+    return LocalEngine(config.num_workers)
+
+
+def run_task(request: Request) -> Any:
+    """Do one task in this process."""
+    return importlib.import_module(TASKS[request["task"]]).answer(request)
+
+
+class LocalEngine:
+    """Processes of this machine, kept for further requests; little work is done in this process."""
+
+    def __init__(self, num_workers: int | None = None) -> None:
+        """`num_workers`: processes; None: one a core where there is enough to do; 1: this one."""
+        self.num_workers = num_workers
+        self._pool: WorkerPool | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self._pool is not None:
+            self._pool.__exit__(kind, error, trace)
+
+    def require(self, *, written: Sequence[Path], read: Sequence[Path]) -> None:
+        """Nothing to be checked: all is on this machine."""
+
+    def ask(
+        self,
+        requests: Sequence[Request],
+        on_answer: OnAnswer = lambda index: None,
+        *,
+        num_bytes: int,
+    ) -> list[Any]:
+        """As `Engine.ask`."""
+        num_workers = self.num_workers
+        if num_workers is None:
+            many = num_bytes >= MIN_BYTES_FOR_WORKERS
+            num_workers = (os.cpu_count() or 1) if many else 1
+        if num_workers > 1 and len(requests) > 1:
+            if self._pool is None:
+                self._pool = WorkerPool(WORKER, num_workers)
+            return self._pool.ask(requests, on_answer)
+        answers = []
+        for index, request in enumerate(requests):
+            answers.append(run_task(request))
+            further = on_answer(index)
+            if further is not None:
+                run_task(further)
+        return answers
+
+
+def refuse_urls(what: str, path: str | Path) -> None:
+    """Raise DataError for an address such as `s3://bucket/x`, which is no path of a file system."""
+    scheme, found, _ = str(path).partition("://")
+    if found and scheme.isalnum():
+        raise DataError(
+            f"{what} is {path}, an address of {scheme}; expected a folder of a file system that "
+            "all workers see. Mount the bucket, or copy the files"
+        )
