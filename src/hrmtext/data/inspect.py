@@ -28,6 +28,7 @@ from hrmtext.data.turns import TURN_COUNT
 from hrmtext.errors import DataError
 
 PERCENTILES = (0, 1, 5, 25, 50, 75, 95, 99, 100)
+ROWS_PER_CHUNK = 1 << 16
 MAX_CONDITIONS = 8
 """Condition tokens looked at after the start of a prompt."""
 
@@ -119,120 +120,135 @@ def inspect(path: str | Path, epoch: int = 0) -> Summary:
     return _inspect_rows(path)
 
 
+class _Count:
+    """Sums over rows that are seen a piece at a time; memory grows with the longest row only."""
+
+    def __init__(self) -> None:
+        self.rows = self.prompts = self.responses = self.earlier = 0
+        self.lengths = np.zeros(1, dtype=np.int64)
+        """Rows by length."""
+        self.conditions: collections.Counter[str] = collections.Counter()
+
+    def add(self, prompts: Array, responses: Array) -> None:
+        """Count rows by their lengths."""
+        self.rows += len(prompts)
+        self.prompts += int(prompts.sum())
+        self.responses += int(responses.sum())
+        if len(prompts):
+            counts = np.bincount((prompts + responses).astype(np.int64))
+            if len(counts) > len(self.lengths):
+                self.lengths, counts = counts, self.lengths
+            self.lengths[: len(counts)] += counts
+
+    def percentiles(self) -> dict[int, int]:
+        """Percentile -> length of the row nearest to it."""
+        if not self.rows:
+            return {}
+        below = np.cumsum(self.lengths)  # rows up to each length
+        ranks = np.rint(np.array(PERCENTILES) / 100 * (self.rows - 1))
+        lengths = np.searchsorted(below, ranks, side="right")
+        return dict(zip(PERCENTILES, lengths.tolist(), strict=True))
+
+    def summary(self, kind: str, strata: dict[str, StratumSummary], **more: Any) -> Summary:
+        """The summary of all that was counted."""
+        conditions = sorted(self.conditions.items(), key=lambda item: (-item[1], item[0]))
+        facts = more.pop("facts", {})
+        if self.earlier:
+            turns = self.rows + self.earlier
+            facts = {**facts, "turns": f"{turns:,} ({turns / self.rows:.1f} a row)"}
+        return Summary(
+            kind=kind,
+            unit=more.pop("unit", "tokens"),
+            rows=self.rows,
+            units=self.prompts + self.responses,
+            strata=strata,
+            conditions=dict(conditions),
+            lengths=self.percentiles(),
+            facts=facts,
+            **more,
+        )
+
+
 def _inspect_sampled(path: Path, epoch: int) -> Summary:
     data = SampledData.open(path)
     index, ids = data.epoch(epoch), data.stratum_ids(epoch)
-    strata = {}
-    if ids is None:
-        strata["(not recorded)"] = _stratum(index)
-    else:
-        for number, name in enumerate(data.strata()):
-            strata[stratum_label(name)] = _stratum(index.take(ids == number))
-    return _summary(
-        "sampled",
-        strata,
-        index.inst_len + index.resp_len,
-        count_conditions(data.tokens, index, condition_names(data.info)),
-        facts={
-            "epoch": f"{epoch} of {data.num_epochs}",
-            "context": data.max_seq_len,
-            "vocabulary": f"{data.info['vocab_size']:,}, padded {data.vocab_size:,}",
-            "fingerprint": data.fingerprint,
-            **_turns_fact(index.num_rows, _earlier_turns(index)),
-        },
-    )
+    names = ["(not recorded)"] if ids is None else [stratum_label(n) for n in data.strata()]
+    conditions = condition_names(data.info)
+    count = _Count()
+    sums = np.zeros((3, len(names)), dtype=np.int64)
+    for at in range(0, index.num_rows, ROWS_PER_CHUNK):
+        part = index.take(slice(at, at + ROWS_PER_CHUNK))
+        _add_index(count, part, data.tokens, conditions)
+        which = np.zeros(part.num_rows, np.int64) if ids is None else ids[at : at + part.num_rows]
+        for number, values in enumerate((None, part.inst_len, part.resp_len)):
+            # Sums in floats are exact here: a piece's are far below 2^53.
+            found = np.bincount(which, values, minlength=len(names))
+            sums[number] += found.astype(np.int64)
+    strata = {
+        name: StratumSummary(rows=rows, prompt_units=prompts, response_units=responses)
+        for name, (rows, prompts, responses) in zip(names, sums.T.tolist(), strict=True)
+    }
+    facts = {
+        "epoch": f"{epoch} of {data.num_epochs}",
+        "context": data.max_seq_len,
+        "vocabulary": f"{data.info['vocab_size']:,}, padded {data.vocab_size:,}",
+        "fingerprint": data.fingerprint,
+    }
+    return count.summary("sampled", strata, facts=facts)
 
 
 def _inspect_tokenized(path: Path) -> Summary:
     info = read_tokenizer_info(path)
-    names = condition_names(info)
-    strata, lengths, earlier = {}, [], 0
-    conditions: collections.Counter[str] = collections.Counter()
+    conditions = condition_names(info)
+    strata = {}
     problems: collections.Counter[str] = collections.Counter()
+    count = _Count()
     for folder in stratum_folders(path):
         stratum = read_stratum(folder)
-        strata[stratum_label(stratum.name)] = _stratum(stratum.index)
-        lengths.append(stratum.index.inst_len + stratum.index.resp_len)
-        conditions.update(count_conditions(stratum.tokens, stratum.index, names))
-        earlier += _earlier_turns(stratum.index)
+        before = count.prompts, count.responses
+        for at in range(0, stratum.index.num_rows, ROWS_PER_CHUNK):
+            part = stratum.index.take(slice(at, at + ROWS_PER_CHUNK))
+            _add_index(count, part, stratum.tokens, conditions)
+        strata[stratum_label(stratum.name)] = StratumSummary(
+            rows=stratum.index.num_rows,
+            prompt_units=count.prompts - before[0],
+            response_units=count.responses - before[1],
+        )
         for reason, problem in stratum.marker.get("dropped", {}).items():
             problems[reason] += problem["rows"]
-    all_lengths = np.concatenate(lengths)
-    facts = {"vocabulary": f"{info['vocab_size']:,}", **_turns_fact(len(all_lengths), earlier)}
-    return _summary("tokenised", strata, all_lengths, conditions, problems, facts)
+    facts = {"vocabulary": f"{info['vocab_size']:,}"}
+    return count.summary("tokenised", strata, problems=dict(problems), facts=facts)
+
+
+def _add_index(count: _Count, index: RowIndex, tokens: Array, names: dict[int, str]) -> None:
+    count.add(index.inst_len, index.resp_len)
+    count.conditions.update(count_conditions(tokens, index, names))
+    if TURN_COUNT in index.extras:
+        count.earlier += int(index.extras[TURN_COUNT].sum())
 
 
 def _inspect_rows(path: Path) -> Summary:
-    strata, lengths, earlier = {}, [], 0
-    conditions: collections.Counter[str] = collections.Counter()
+    strata = {}
     problems: collections.Counter[str] = collections.Counter()
+    count = _Count()
     for name, file in find_files(path).items():
         found = RowProblems()
-        rows = prompts = responses = 0
+        before = count.rows, count.prompts, count.responses
         for batch in read_batches(file, found):
-            sizes = [
-                (
-                    len(row.instruction) + sum(len(turn[0]) + len(turn[1]) for turn in row.history),
-                    len(row.response),
-                )
+            prompts = [
+                len(row.instruction) + sum(len(turn[0]) + len(turn[1]) for turn in row.history)
                 for row in batch
             ]
-            conditions.update(row.condition for row in batch)
-            earlier += sum(len(row.history) for row in batch)
-            rows += len(batch)
-            prompts += sum(size[0] for size in sizes)
-            responses += sum(size[1] for size in sizes)
-            lengths.append(np.array([sum(size) for size in sizes], dtype=np.int64))
+            count.add(np.array(prompts), np.array([len(row.response) for row in batch]))
+            count.conditions.update(row.condition for row in batch)
+            count.earlier += sum(len(row.history) for row in batch)
         problems.update(found.counts)
         strata[stratum_label(name)] = StratumSummary(
-            rows=rows, prompt_units=prompts, response_units=responses
+            rows=count.rows - before[0],
+            prompt_units=count.prompts - before[1],
+            response_units=count.responses - before[2],
         )
-    all_lengths = np.concatenate([np.empty(0, np.int64), *lengths])
-    facts = _turns_fact(len(all_lengths), earlier)
-    return _summary("cleaned", strata, all_lengths, conditions, problems, facts, "characters")
-
-
-def _earlier_turns(index: RowIndex) -> int:
-    return int(index.extras[TURN_COUNT].sum()) if TURN_COUNT in index.extras else 0
-
-
-def _turns_fact(num_rows: int, earlier: int) -> dict[str, Any]:
-    """How many turns there are; nothing where every row has one."""
-    if not earlier:
-        return {}
-    turns = num_rows + earlier
-    return {"turns": f"{turns:,} ({turns / num_rows:.1f} a row)"}
-
-
-def _summary(
-    kind: str,
-    strata: dict[str, StratumSummary],
-    lengths: Array,
-    conditions: dict[str, int],
-    problems: dict[str, int] | None = None,
-    facts: dict[str, Any] | None = None,
-    unit: str = "tokens",
-) -> Summary:
-    shown = np.percentile(lengths, PERCENTILES, method="nearest") if len(lengths) else []
-    return Summary(
-        kind=kind,
-        unit=unit,
-        rows=len(lengths),
-        units=int(lengths.sum()),
-        strata=strata,
-        conditions=dict(sorted(conditions.items(), key=lambda item: (-item[1], item[0]))),
-        lengths=dict(zip(PERCENTILES, (int(v) for v in shown), strict=False)),
-        problems=dict(problems or {}),
-        facts=facts or {},
-    )
-
-
-def _stratum(index: RowIndex) -> StratumSummary:
-    return StratumSummary(
-        rows=index.num_rows,
-        prompt_units=int(index.inst_len.sum()),
-        response_units=int(index.resp_len.sum()),
-    )
+    return count.summary("cleaned", strata, unit="characters", problems=dict(problems))
 
 
 def count_conditions(tokens: Array, index: RowIndex, names: dict[int, str]) -> dict[str, int]:
