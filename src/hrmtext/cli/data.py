@@ -23,13 +23,52 @@ def overview() -> int:
     return 0
 
 
+def run(
+    config: Annotated[Path, tyro.conf.Positional],
+    arguments: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
+    /,
+    *,
+    engine: EngineName = "local",
+    address: str | None = None,
+    num_workers: int | None = None,
+) -> int:
+    """Run a recipe to its end: every stage of `prepare`, then the report and the manifest.
+
+    Stages that are up to date are skipped; an interrupted run goes on where it stopped.
+
+    Args:
+        config: a YAML recipe, for example configs/data/local.yaml.
+        arguments: folder of the results (default: runs/RECIPE/data), then changes to the recipe
+            as key=value, for example tokenizer.vocab_size=8192.
+        engine: where the tasks of cleaning and tokenising run: processes of this machine, or a Ray
+            cluster. The result is the same.
+        address: of a running Ray cluster, auto on one of its nodes; None: start one here.
+        num_workers: processes on this machine; None: one a core.
+    """
+    from hrmtext.cli.progress import stage_progress
+    from hrmtext.data.report import write_manifest, write_report
+
+    named = bool(arguments) and "=" not in arguments[0]
+    out = Path(arguments[0]) if named else Path("runs") / config.stem / "data"
+    with _engine(engine, address, num_workers) as workers:
+        _prepare(config, out, arguments[named:], workers)
+    with stage_progress() as progress:
+        paths = [write_report(out, progress), write_manifest(out, progress)]
+    print("\n".join(f"written: {path}" for path in paths))
+    return 0
+
+
 def prepare(
     config: Annotated[Path, tyro.conf.Positional],
     out: Annotated[Path, tyro.conf.Positional],
     overrides: Annotated[tuple[str, ...], tyro.conf.Positional] = (),
     /,
+    *,
+    engine: EngineName = "local",
+    address: str | None = None,
+    num_workers: int | None = None,
 ) -> int:
-    """Run every stage: sources, cleaning, tokenizer, tokenising, sampling, held-out rows.
+    """Run the stages that make training data; `run` is the same and ends with the report.
 
     Stages that are up to date are skipped; an interrupted run goes on where it stopped.
 
@@ -37,7 +76,16 @@ def prepare(
         config: a YAML recipe, for example configs/data/local.yaml.
         out: folder of the results.
         overrides: changes to the recipe as key=value, for example tokenizer.vocab_size=8192.
+        engine: where the tasks of cleaning and tokenising run; see `run`.
+        address: of a running Ray cluster, auto on one of its nodes; None: start one here.
+        num_workers: processes on this machine; None: one a core.
     """
+    with _engine(engine, address, num_workers) as workers:
+        _prepare(config, out, overrides, workers)
+    return 0
+
+
+def _prepare(config: Path, out: Path, overrides: tuple[str, ...], engine: Engine) -> None:
     from rich.console import Console
 
     from hrmtext.cli.progress import stage_progress
@@ -47,9 +95,8 @@ def prepare(
 
     settings = load(DataConfig, config, overrides)
     with stage_progress() as progress:
-        prepared = run_prepare(settings, out, progress)
+        prepared = run_prepare(settings, out, progress, engine=engine)
     print_prepared(Console(highlight=False), prepared)
-    return 0
 
 
 def tokenizer(
@@ -59,7 +106,9 @@ def tokenizer(
     *,
     vocab_size: int = 65_536,
     max_rows_per_stratum: int | None = 100_000,
+    max_rows: int | None = None,
     max_chars_per_text: int = 10_000,
+    seed: int = 0,
 ) -> int:
     """Train a byte-level BPE tokenizer with the system's special tokens.
 
@@ -67,15 +116,23 @@ def tokenizer(
         clean: folder (or file) of cleaned rows, JSONL or Parquet.
         out: folder to write tokenizer.json into.
         vocab_size: entries, the 31 special tokens and 256 bytes included.
-        max_rows_per_stratum: rows read of each file, spread evenly; None for all.
+        max_rows_per_stratum: rows read of each file, drawn at random; None for all.
+        max_rows: rows read of all files together; None: no such bound.
         max_chars_per_text: characters read of each text.
+        seed: of the rows that are drawn.
     """
-    from hrmtext.data.prepare import training_texts
+    from hrmtext.cli.progress import stage_progress
     from hrmtext.data.tokenizer import PromptTokenizer, train_tokenizer
+    from hrmtext.data.tokenizer_texts import TextSample, training_texts
     from hrmtext.runtime.io import atomic_folder
 
-    texts = training_texts(clean, max_rows_per_stratum, max_chars_per_text)
-    trained = PromptTokenizer(train_tokenizer(texts, vocab_size))
+    sample = TextSample(
+        max_rows_per_stratum=max_rows_per_stratum, max_rows=max_rows,
+        max_chars=max_chars_per_text, seed=seed,
+    )  # fmt: skip
+    with stage_progress() as progress:
+        texts = training_texts(clean, sample, progress)
+        trained = PromptTokenizer(train_tokenizer(texts, vocab_size))
     with atomic_folder(out) as temporary:
         trained.save(temporary)
     print(f"{trained.vocab_size:,} entries written to {out}")
@@ -262,7 +319,7 @@ def contamination(
 
 def _engine(name: EngineName, address: str | None, num_workers: int | None) -> Engine:
     from hrmtext.config.base import build
-    from hrmtext.config.data import EngineConfig
+    from hrmtext.config.engine import EngineConfig
     from hrmtext.data.engine import open_engine
 
     values = {"name": name, "address": address, "num_workers": num_workers}

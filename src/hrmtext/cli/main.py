@@ -45,6 +45,7 @@ VERBS: dict[str, Callable[..., Any]] = {
     "info": info.info,
 }
 DATA_VERBS: dict[str, Callable[..., Any]] = {
+    "run": data.run,
     "prepare": data.prepare,
     "sources": data.sources,
     "tokenizer": data.tokenizer,
@@ -84,7 +85,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _run(arguments: list[str]) -> int:
     if arguments[:1] == ["data"] and len(arguments) > 1:
         verbs, prog, rest = DATA_VERBS, "hrm-text data", arguments[1:]
-        description = "From raw rows to packed training data; `prepare` does every stage."
+        description = "From raw rows to packed training data; `run` does every stage."
     else:
         verbs, prog, rest = VERBS, "hrm-text", arguments
         description = (

@@ -40,15 +40,29 @@ def stage_progress() -> Iterator[Callable[[str, int, int], None]]:
 def _lines() -> Callable[[str, int, int], None]:
     import sys
 
+    began: dict[str, float] = {}
     said: dict[str, float] = {}
 
     def show(what: str, done: int, total: int) -> None:
         now = time.monotonic()
-        if done < total and now - said.get(what, now - SECONDS_BETWEEN_LINES) >= (
-            SECONDS_BETWEEN_LINES
-        ):
-            print(f"{what}: {done:,} of {total:,}", file=sys.stderr, flush=True)
+        began.setdefault(what, now)
+        if done < total and now - said.setdefault(what, now) >= SECONDS_BETWEEN_LINES:
+            left = time_left(now - began[what], done, total)
+            print(f"{what}: {done:,} of {total:,}{left}", file=sys.stderr, flush=True)
             said[what] = now
-        said.setdefault(what, now)
 
     return show
+
+
+def time_left(seconds: float, done: int, total: int) -> str:
+    """An estimate in words, from the time that what is done has taken; empty at the start."""
+    if done <= 0:
+        return ""
+    left = round(seconds * (total - done) / done)
+    if left < 60:
+        return f", {left} s left"
+    return (
+        f", {left // 3600} h {left % 3600 // 60} min left"
+        if left >= 3600
+        else (f", {left // 60} min left")
+    )

@@ -19,6 +19,16 @@ def _at_least(name: str, value: int, minimum: int) -> None:
         raise ConfigError(f"{name} is {value}, expected at least {minimum}")
 
 
+def refuse_urls(what: str, path: str) -> None:
+    """Raise ConfigError for an address such as `s3://bucket/x`, no path of a file system."""
+    scheme, found, _ = path.partition("://")
+    if found and scheme.isalnum():
+        raise ConfigError(
+            f"{what} is {path}, an address of {scheme}; expected a path of a file system that all "
+            "workers see. Mount the bucket, or copy the files"
+        )
+
+
 @config_class
 class LocalSourceConfig:
     """JSONL or Parquet files of instruction/response pairs or of conversations, seen row by row.
@@ -39,6 +49,7 @@ class LocalSourceConfig:
     """Licence of the files, for the manifest."""
 
     def __post_init__(self) -> None:
+        refuse_urls("local.path", self.path)
         _at_least("local.eval_size", self.eval_size, 0)
 
 
@@ -62,6 +73,8 @@ class HubSourceConfig:
     """Stop at the first malformed row instead of counting it."""
 
     def __post_init__(self) -> None:
+        for path in (self.path, *self.files):
+            refuse_urls(f"hub source {self.source!r}: path", path or "")
         _at_least(f"hub source {self.source!r}: eval_size", self.eval_size, 0)
         if self.limit is not None:
             _at_least(f"hub source {self.source!r}: limit", self.limit, 1)
@@ -234,15 +247,20 @@ class TokenizerConfig:
     allow_fewer: bool = False
     """Train a smaller vocabulary where the texts do not give `vocab_size` entries; else, stop."""
     max_rows_per_stratum: int | None = 100_000
-    """Rows of each stratum that training reads, spread evenly over it; None: all."""
+    """Rows of each stratum that training reads, drawn at random; None: all."""
+    max_rows: int | None = None
+    """Rows of all strata together that training reads, drawn at random; None: no such bound."""
+    seed: int = 0
+    """Seed of the rows that are drawn."""
     max_chars_per_text: int = 10_000
     """Training reads that many characters of each instruction and each response."""
 
     def __post_init__(self) -> None:
         _at_least("tokenizer.vocab_size", self.vocab_size, 287)
         _at_least("tokenizer.max_chars_per_text", self.max_chars_per_text, 1)
-        if self.max_rows_per_stratum is not None:
-            _at_least("tokenizer.max_rows_per_stratum", self.max_rows_per_stratum, 1)
+        for name in ("max_rows_per_stratum", "max_rows"):
+            if getattr(self, name) is not None:
+                _at_least(f"tokenizer.{name}", getattr(self, name), 1)
 
 
 @config_class
@@ -345,33 +363,6 @@ class SamplingConfig:
             return rule.tokens
         shares = sum(other.share for other in self.rules if other.share is not None)
         return max(1, round(self.total_tokens * rule.share / shares))
-
-
-@config_class
-class EngineConfig:
-    """Where the tasks of cleaning and tokenising run; the result does not depend on it."""
-
-    name: Literal["local", "ray"] = "local"
-    """local: processes of this machine; ray: a cluster, all of whose nodes see the folders."""
-    address: str | None = None
-    """ray: address of a running cluster, `auto` on one of its nodes; None: start one here."""
-    num_workers: int | None = None
-    """Processes on this machine; None: one a core, where there is enough to do."""
-
-    def __post_init__(self) -> None:
-        if self.num_workers is not None:
-            _at_least("num_workers", self.num_workers, 1)
-        if self.address is not None:
-            if self.name != "ray":
-                raise ConfigError(
-                    f"address {self.address!r} is of a Ray cluster, but the engine is "
-                    f"{self.name!r}; set the engine to ray, or leave the address out"
-                )
-            if self.num_workers is not None:
-                raise ConfigError(
-                    f"the Ray cluster at {self.address!r} has its own number of workers; leave "
-                    "num_workers out, or the address"
-                )
 
 
 @config_class

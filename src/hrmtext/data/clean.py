@@ -2,91 +2,31 @@
 
 from __future__ import annotations
 
-import collections
 import contextlib
 import dataclasses
-import filecmp
-import json
-import os
-import re
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
 
 from hrmtext.config.data import CleaningConfig
-from hrmtext.data.dedup import SeenRows, near_duplicates
-from hrmtext.data.example import COLUMNS, HISTORY, Example, example_keys
+from hrmtext.data.clean_parts import (
+    CODES_FILE,
+    clean_part,
+    mark_duplicates,
+    mark_near_duplicates,
+    part_request,
+)
+from hrmtext.data.clean_rows import Cleaner, CleaningReport, StratumCleaning
+from hrmtext.data.engine import Engine, LocalEngine
+from hrmtext.data.example import Example
 from hrmtext.data.format import REPORT_FILE
-from hrmtext.data.pii import find, mask
-from hrmtext.data.rules import apply_rules
-from hrmtext.data.sources.local import RowProblems, check_text, plain_condition, read_batches
+from hrmtext.data.parts import PART_BYTES, plan_parts
+from hrmtext.data.sources.local import RowProblems
+from hrmtext.data.workers import Progress
 from hrmtext.errors import DataError
-from hrmtext.runtime.io import atomic_folder, write_json
+from hrmtext.runtime.io import atomic_folder, explain_storage_errors, write_json
 
 FORMAT_VERSION = 1
-SAMPLES_KEPT = 3
-SAMPLE_CHARS = 200
-ROWS_PER_WRITE = 10_000
-CONTROL = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f]")
-HELD_OUT = "prompt is held out"
-DUPLICATE, NEAR_DUPLICATE = "exact duplicate", "near duplicate"
-
-
-@dataclasses.dataclass(kw_only=True)
-class StratumCleaning:
-    """What cleaning did to one stratum."""
-
-    kept: int = 0
-    dropped: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Rows by reason."""
-    samples: dict[str, list[dict[str, str]]] = dataclasses.field(default_factory=dict)
-    """The first few rows of each reason, cut short."""
-    changed: dict[str, int] = dataclasses.field(default_factory=dict)
-    """Rows kept (before near duplicates go) that the rules changed, by what was done."""
-    unreadable: dict[str, Any] = dataclasses.field(default_factory=dict)
-    """Rows that the source could not use: reason -> rows and first places."""
-
-    def drop(self, reason: str, example: Example) -> None:
-        """Count one row, and keep it as a sample if it is among the first."""
-        self.dropped[reason] = self.dropped.get(reason, 0) + 1
-        samples = self.samples.setdefault(reason, [])
-        if len(samples) < SAMPLES_KEPT:
-            row = example.to_mapping()
-            if example.history:
-                row[HISTORY] = _history_text(example)
-            cut = {
-                name: value[:SAMPLE_CHARS].encode(errors="replace").decode()
-                for name, value in row.items()
-            }
-            samples.append(cut)
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class CleaningReport:
-    """What cleaning did; also `report.json` beside the cleaned rows."""
-
-    strata: dict[str, StratumCleaning]
-
-    @property
-    def kept(self) -> int:
-        """Rows written."""
-        return sum(stratum.kept for stratum in self.strata.values())
-
-    @property
-    def dropped(self) -> dict[str, int]:
-        """Rows not written, by reason, over all strata; unreadable ones included."""
-        total: dict[str, int] = {}
-        for stratum in self.strata.values():
-            for reason, count in stratum.dropped.items():
-                total[reason] = total.get(reason, 0) + count
-            for reason, problem in stratum.unreadable.items():
-                total[reason] = total.get(reason, 0) + problem["rows"]
-        return dict(sorted(total.items()))
-
-    def to_mapping(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        strata = {name: dataclasses.asdict(value) for name, value in self.strata.items()}
-        return {"kept": self.kept, "dropped": self.dropped, "strata": strata}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,91 +40,15 @@ class SourceStratum:
     """Filled while `batches` is read."""
 
 
-class Cleaner:
-    """Decides row by row; remembers the rows it has seen if duplicates are to be dropped."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceFile:
+    """A file of rows on their way to cleaning."""
 
-    def __init__(
-        self, config: CleaningConfig, held_out_prompts: frozenset[str] = frozenset()
-    ) -> None:
-        """`held_out_prompts` are in the form of `prompt_keys`."""
-        self.config = config
-        self.held_out_prompts = held_out_prompts
-        self._seen = SeenRows()
-
-    def clean(self, batch: list[Example], report: StratumCleaning) -> list[Example]:
-        """The rows to keep, as they are to be written; the others go into `report`."""
-        kept: list[tuple[Example, collections.Counter[str]]] = []
-        for example in batch:
-            changed: collections.Counter[str] = collections.Counter()
-            result = tidy(example, self.config, changed)
-            if isinstance(result, str):
-                report.drop(result, self._without_pii(example))
-            elif self._is_held_out(result):
-                report.drop(HELD_OUT, self._without_pii(example))
-            else:
-                kept.append((result, changed))
-        if self.config.drop_duplicates:
-            new = self._seen.add([repr(tuple(row)) for row, _ in kept])
-            for (row, _), is_new in zip(kept, new, strict=True):
-                if not is_new:
-                    report.drop(DUPLICATE, row)
-            kept = [item for item, is_new in zip(kept, new, strict=True) if is_new]
-        for _, changed in kept:
-            for what in changed:
-                report.changed[what] = report.changed.get(what, 0) + 1
-        report.kept += len(kept)
-        return [row for row, _ in kept]
-
-    def _without_pii(self, row: Example) -> Example:
-        """What may be shown of a dropped row: personal data that is to go goes from samples too."""
-        if self.config.pii == "keep":
-            return row
-        kinds = self.config.pii_kinds
-
-        def shown(text: str) -> str:
-            return mask(text, find(text, kinds))
-
-        return row._replace(
-            instruction=shown(row.instruction),
-            response=shown(row.response),
-            history=tuple(
-                turn._replace(instruction=shown(turn.instruction), response=shown(turn.response))
-                for turn in row.history
-            ),
-        )
-
-    def _is_held_out(self, row: Example) -> bool:
-        prompts = self.held_out_prompts
-        return bool(prompts) and not prompts.isdisjoint(example_keys(row))
-
-
-def tidy(
-    example: Example, config: CleaningConfig, changed: collections.Counter[str] | None = None
-) -> Example | str:
-    """The row as it is to be written, or why it is to be dropped, seen by itself."""
-    result = apply_rules(example, config, collections.Counter() if changed is None else changed)
-    return result if isinstance(result, str) else content_problem(result, config) or result
-
-
-def content_problem(example: Example, config: CleaningConfig) -> str | None:
-    """What is wrong with a row by itself, or None."""
-    if plain_condition(example.condition) is None:
-        return "unknown condition"
-    checked = check_text(example)
-    if isinstance(checked, str):
-        return checked
-    for instruction, response, _ in example.turns():
-        if not instruction or instruction.isspace():
-            return "empty instruction"
-        if len(instruction) > config.max_instruction_chars:
-            return "instruction too long"
-        if len(response) > config.max_response_chars:
-            return "response too long"
-        if config.drop_control_characters and (
-            CONTROL.search(instruction) or CONTROL.search(response)
-        ):
-            return "control character"
-    return None
+    path: Path
+    strict: bool = False
+    """Stop at the first bad row instead of counting it."""
+    eval_size: int = 0
+    """Prompts held out of training."""
 
 
 def clean(
@@ -209,168 +73,147 @@ def clean(
     """
     out = Path(out)
     cleaner = Cleaner(config, held_out_prompts)
-    reports: dict[str, StratumCleaning] = {}
-    with atomic_folder(
-        out, replace=True, format_version=FORMAT_VERSION, inputs=inputs
-    ) as temporary:
-        for stratum in strata:
-            if stratum.name in reports:
+    parts: dict[str, list[Path]] = {}
+    with parts_folder(out) as work, LocalEngine(1) as engine:
+        for number, stratum in enumerate(strata):
+            if stratum.name in parts:
                 raise DataError(
                     f"two sources give the stratum {stratum.name!r}; set a prefix for one of them"
                 )
-            report = reports[stratum.name] = StratumCleaning()
-            name = f"{stratum.name}.{config.format}"
-            with _writer(temporary / name) as writer:
-                for batch in stratum.batches:
-                    writer.write(cleaner.clean(batch, report))
-            report.unreadable = stratum.problems.to_mapping()
-        files = {
-            f"{name}.{config.format}": report for name, report in reports.items() if report.kept
-        }
-        if config.near_duplicates is not None:
-            _drop_near_duplicates(temporary, files, config.near_duplicates)
-        for name in (f"{stratum}.{config.format}" for stratum in reports):
-            if name not in files or not files[name].kept:
-                (temporary / name).unlink()
-            elif (out / name).is_file() and filecmp.cmp(out / name, temporary / name, False):
-                before = (out / name).stat()
-                os.utime(temporary / name, ns=(before.st_atime_ns, before.st_mtime_ns))
-        total = CleaningReport(strata=reports)
-        if not total.kept:
-            raise DataError(f"no row is left after cleaning; dropped: {total.dropped}")
-        write_json(temporary / REPORT_FILE, total.to_mapping())
-    return total
+            folder = work / f"{number:06}" / f"{0:06}"
+            clean_part(stratum.batches, stratum.problems, folder, cleaner)
+            parts[stratum.name] = [folder]
+        return _join(parts, out, config, engine, inputs, 0, None)
 
 
-def _drop_near_duplicates(
-    folder: Path, files: dict[str, StratumCleaning], threshold: float
-) -> None:
-    """Write the files anew that hold rows like others; which one stays is no matter of order."""
+def clean_files(
+    files: Mapping[str, SourceFile],
+    out: str | Path,
+    config: CleaningConfig,
+    engine: Engine,
+    *,
+    held_out_prompts: frozenset[str] = frozenset(),
+    inputs: str = "",
+    part_bytes: int = PART_BYTES,
+    progress: Progress | None = None,
+) -> CleaningReport:
+    """As `clean`, of files by stratum, in parts, by the engine's workers.
 
-    def batches(name: str) -> Iterator[list[Example]]:
-        return read_batches(folder / name, RowProblems(strict=True))
+    Parts lie in `parts_folder(out)` for a while, about as large as the result; an interrupted run
+    goes on from those that are whole. No process holds more than a batch of rows, and of each row
+    that may have duplicates a hash.
 
-    drop = near_duplicates(
-        (
-            ([_text(row) for row in batch], [repr(row) for row in batch])
-            for name in files
-            for batch in batches(name)
-        ),
-        threshold,
-        folder,
-    )
-    at = 0
-    for name, report in files.items():
-        which = drop[at : at + report.kept]
-        at += len(which)
-        if not which.any():
-            continue
-        number = 0
-        with _writer(folder / f".fewer.{name}") as writer:
-            for batch in batches(name):
-                kept = []
-                for row in batch:
-                    if which[number]:
-                        report.drop(NEAR_DUPLICATE, row)
-                    else:
-                        kept.append(row)
-                    number += 1
-                writer.write(kept)
-        assert number == len(which), f"{name} has {number} rows, {len(which)} were written"
-        report.kept -= int(which.sum())
-        (folder / f".fewer.{name}").replace(folder / name)
+    Args:
+        part_bytes: about how much of a file is one part; the result is the same.
+
+    Raises:
+        DataError: bad input, or not one good row. StorageError: the disk is full.
+    """
+    out = Path(out)
+    total = sum(file.path.stat().st_size for file in files.values())
+    with parts_folder(out, keep=True) as work:
+        held_out = None
+        if held_out_prompts:
+            held_out = work / "held_out.json"
+            write_json(held_out, sorted(held_out_prompts))
+        requests, weights, parts = [], [], {}
+        for number, (name, file) in enumerate(files.items()):
+            stat = file.path.stat()
+            cuts = plan_parts(file.path, part_bytes)
+            parts[name] = [work / f"{number:06}" / f"{at:06}" for at in range(len(cuts))]
+            for cut, folder in zip(cuts, parts[name], strict=True):
+                key = [inputs, name, stat.st_size, stat.st_mtime_ns, *cut]
+                requests.append(
+                    part_request(
+                        config, file.path, cut, folder,
+                        strict=file.strict, held_out=held_out, key=key,
+                    )
+                )  # fmt: skip
+                weights.append(stat.st_size / len(cuts))
+        done = 0.0
+
+        def advance(index: int) -> None:
+            nonlocal done
+            done += weights[index]
+            if progress is not None:
+                progress("cleaning bytes", round(done), total)
+
+        engine.require(written=[work], read=[file.path for file in files.values()])
+        engine.ask(requests, advance, num_bytes=total)
+        report = _join(parts, out, config, engine, inputs, total, progress)
+    shutil.rmtree(work)
+    return report
 
 
-def _text(row: Example) -> str:
-    return "\n".join(text for turn in row.turns() for text in turn[:2])
-
-
-class _Writer(Protocol):
-    def write(self, rows: list[Example]) -> None: ...
+def parts_path(out: Path) -> Path:
+    """Where the parts of the folder `out` lie while it is made."""
+    return out.with_name(f".{out.name}.parts")
 
 
 @contextlib.contextmanager
-def _writer(path: Path) -> Iterator[_Writer]:
-    if path.suffix == ".jsonl":
-        with path.open("w", encoding="utf-8") as stream:
-            yield _JsonlWriter(stream)
-        return
-    writer = _ParquetWriter(path)
-    try:
-        yield writer
-        writer.flush()
-    finally:
-        writer.file.close()
+def parts_folder(out: Path, *, keep: bool = False) -> Iterator[Path]:
+    """The hidden folder beside `out` that parts lie in.
 
-
-class _JsonlWriter:
-    def __init__(self, stream: Any) -> None:
-        self.stream = stream
-
-    def write(self, rows: list[Example]) -> None:
-        for row in rows:
-            self.stream.write(json.dumps(row.to_mapping(), ensure_ascii=False) + "\n")
-
-
-class _ParquetWriter:
-    """Collects rows to groups of a fixed size, so that the file does not depend on batching.
-
-    The column of earlier turns is there where some row has any: files of pairs have none.
+    Args:
+        keep: leave it, for a later run to go on from; else it is empty first and gone after.
     """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.rows: list[Example] = []
-        self.has_history = False
-        self.file = self._open()
-
-    def write(self, rows: list[Example]) -> None:
-        if not self.has_history and any(row.history for row in rows):
-            self._widen()
-        self.rows += rows
-        while len(self.rows) >= ROWS_PER_WRITE:
-            self._put(self.rows[:ROWS_PER_WRITE])
-            self.rows = self.rows[ROWS_PER_WRITE:]
-
-    def flush(self) -> None:
-        if self.rows:
-            self._put(self.rows)
-            self.rows = []
-
-    def _open(self) -> Any:
-        import pyarrow
-        from pyarrow import parquet
-
-        names = (*COLUMNS, HISTORY) if self.has_history else COLUMNS
-        schema = pyarrow.schema([(name, pyarrow.string()) for name in names])
-        return parquet.ParquetWriter(self.path, schema, compression="zstd")
-
-    def _widen(self) -> None:
-        """Start the file anew with the further column, empty in the rows written so far."""
-        import pyarrow
-        from pyarrow import parquet
-
-        self.file.close()
-        narrow = self.path.with_name(f".{self.path.name}.narrow")
-        self.path.rename(narrow)
-        self.has_history = True
-        self.file = self._open()
-        with parquet.ParquetFile(narrow) as before:
-            for number in range(before.num_row_groups):
-                group = before.read_row_group(number)
-                empty = pyarrow.nulls(group.num_rows, pyarrow.string())
-                self.file.write_table(group.append_column(HISTORY, empty))
-        narrow.unlink()
-
-    def _put(self, rows: list[Example]) -> None:
-        import pyarrow
-
-        columns = [list(column) for column in zip(*rows, strict=True)][: len(COLUMNS)]
-        if self.has_history:
-            columns.append([_history_text(row) if row.history else None for row in rows])
-        schema = self.file.schema
-        self.file.write_batch(pyarrow.record_batch(columns, schema=schema))
+    folder = parts_path(out)
+    if not keep:
+        shutil.rmtree(folder, ignore_errors=True)
+    try:
+        with explain_storage_errors(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+    finally:
+        if not keep:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _history_text(row: Example) -> str:
-    return json.dumps(row.to_mapping()[HISTORY], ensure_ascii=False)
+def _join(
+    parts: Mapping[str, Sequence[Path]],
+    out: Path,
+    config: CleaningConfig,
+    engine: Engine,
+    inputs: str,
+    num_bytes: int,
+    progress: Progress | None,
+) -> CleaningReport:
+    """Compare the rows of all parts, and write each stratum's file."""
+    folders = [folder for stratum in parts.values() for folder in stratum]
+    with explain_storage_errors(out):
+        for folder in folders:
+            folder.with_suffix(f".{CODES_FILE}").unlink(missing_ok=True)
+        if config.drop_duplicates:
+            mark_duplicates(folders)
+        if config.near_duplicates is not None and folders:
+            mark_near_duplicates(folders, config.near_duplicates, folders[0].parents[1])
+    with atomic_folder(
+        out, replace=True, format_version=FORMAT_VERSION, inputs=inputs
+    ) as temporary:
+        requests = [
+            {
+                "task": "clean",
+                "what": f"joining {name}",
+                "join": [str(folder) for folder in stratum],
+                "out": str(temporary / f"{name}.{config.format}"),
+                "before": str(out / f"{name}.{config.format}"),
+            }
+            for name, stratum in parts.items()
+        ]
+        done = 0
+
+        def advance(index: int) -> None:
+            nonlocal done
+            done += 1
+            if progress is not None:
+                progress("writing cleaned strata", done, len(requests))
+
+        answers = engine.ask(requests, advance, num_bytes=num_bytes)
+        strata = {
+            name: StratumCleaning(**answer) for name, answer in zip(parts, answers, strict=True)
+        }
+        report = CleaningReport(strata=strata)
+        if not report.kept:
+            raise DataError(f"no row is left after cleaning; dropped: {report.dropped}")
+        write_json(temporary / REPORT_FILE, report.to_mapping())
+    return report

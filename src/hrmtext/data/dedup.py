@@ -58,12 +58,10 @@ class SeenRows:
         return np.concatenate(new) if new else np.zeros(0, dtype=bool)
 
     def _add(self, texts: Sequence[str]) -> npt.NDArray[np.bool_]:
-        raw = b"".join(
-            hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
-            for text in texts
-        )
-        digests = np.frombuffer(raw, dtype="<u8").reshape(-1, 2).astype(np.uint64)
-        digests[:, 0] |= np.uint64(1)  # a free place is 0
+        return self.add_digests(digests_of(texts))
+
+    def add_digests(self, digests: Words) -> npt.NDArray[np.bool_]:
+        """The same of (K, 2) `digests_of` texts; K of a few thousand at most."""
         while 4 * (self._count + len(digests)) > 3 * len(self._table):
             self._grow()
         new = _insert(self._table, digests)
@@ -75,6 +73,17 @@ class SeenRows:
         self._table = np.zeros((2 * len(self._table), 2), dtype=np.uint64)
         for at in range(0, len(old), ROWS_PER_CHUNK):
             _insert(self._table, old[at : at + ROWS_PER_CHUNK])
+
+
+def digests_of(texts: Sequence[str]) -> Words:
+    """(K, 2) hashes of texts; the first half is never 0."""
+    raw = b"".join(
+        hashlib.blake2b(text.encode(errors="surrogatepass"), digest_size=16).digest()
+        for text in texts
+    )
+    digests = np.frombuffer(raw, dtype="<u8").reshape(-1, 2).astype(np.uint64)
+    digests[:, 0] |= np.uint64(1)  # a free place of a table is 0
+    return digests
 
 
 def _insert(table: Words, digests: Words) -> npt.NDArray[np.bool_]:
@@ -108,18 +117,7 @@ class NearDuplicates:
             threshold: rows count as alike from this estimated Jaccard similarity of their sets of
                 5-word pieces on.
             folder: where the file of signatures may lie for a while, 512 bytes a row.
-
-        Raises:
-            BackendError: rensa is not installed.
         """
-        try:
-            import rensa
-        except ImportError:
-            raise BackendError(
-                "near duplicates need rensa; install it: pip install 'hrm-text[data]', or set "
-                "cleaning.near_duplicates to null"
-            ) from None
-        self._minhash: Any = rensa.RMinHash  # pyrefly: ignore[missing-attribute]
         self.threshold = threshold
         self._signatures = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 (closed in __exit__)
         self._order: list[Words] = []
@@ -132,18 +130,16 @@ class NearDuplicates:
     def __exit__(self, *exception: object) -> None:
         self._signatures.close()
 
-    def add(self, texts: Sequence[str], keys: Sequence[str] | None = None) -> None:
+    def add(self, signatures: npt.NDArray[np.uint32], order: Words) -> None:
         """Add rows; their numbers go on from `num_rows`.
 
         Args:
-            keys: what tells rows of one text apart when one of them is chosen; None: the text.
+            signatures: (K, P) `signatures_of` their texts.
+            order: (K) `order_of` what tells rows of one text apart when one of them is chosen.
         """
-        sets = [shingles(text) for text in texts]
-        digests = self._minhash.digests_from_token_sets(sets, NUM_VALUES, SEED)
-        self._signatures.write(np.array(digests, dtype=np.uint32).reshape(-1, NUM_VALUES).data)
-        raw = b"".join(hashlib.blake2b(t.encode(), digest_size=8).digest() for t in keys or texts)
-        self._order.append(np.frombuffer(raw, dtype="<u8").astype(np.uint64))
-        self.num_rows += len(texts)
+        self._signatures.write(np.ascontiguousarray(signatures, dtype=np.uint32).data)
+        self._order.append(order)
+        self.num_rows += len(order)
 
     def drops(self) -> npt.NDArray[np.bool_]:
         """(N) rows to drop: of every group of rows alike all but one.
@@ -168,6 +164,26 @@ class NearDuplicates:
                 for row, head in zip(rows[alike].tolist(), heads[alike].tolist(), strict=True):
                     _join(leader, int(rank[row]), int(rank[head]))
         return (leader != np.arange(self.num_rows))[rank]
+
+
+def signatures_of(texts: Sequence[str]) -> npt.NDArray[np.uint32]:
+    """(K, P) MinHash signatures; BackendError if rensa is not installed."""
+    try:
+        import rensa
+    except ImportError:
+        raise BackendError(
+            "near duplicates need rensa; install it: pip install 'hrm-text[data]', or set "
+            "cleaning.near_duplicates to null"
+        ) from None
+    minhash: Any = rensa.RMinHash  # pyrefly: ignore[missing-attribute]
+    digests = minhash.digests_from_token_sets([shingles(t) for t in texts], NUM_VALUES, SEED)
+    return np.array(digests, dtype=np.uint32).reshape(-1, NUM_VALUES)
+
+
+def order_of(keys: Sequence[str]) -> Words:
+    """(K) hashes by which one of several rows alike is chosen."""
+    raw = b"".join(hashlib.blake2b(t.encode(), digest_size=8).digest() for t in keys)
+    return np.frombuffer(raw, dtype="<u8").astype(np.uint64)
 
 
 def shingles(text: str) -> list[str]:
@@ -230,5 +246,5 @@ def near_duplicates(
     """`NearDuplicates` of all rows of `batches` (texts and their keys), in their order."""
     with NearDuplicates(threshold, folder) as found:
         for texts, keys in batches:
-            found.add(texts, keys)
+            found.add(signatures_of(texts), order_of(keys))
         return found.drops()

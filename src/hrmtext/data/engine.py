@@ -14,11 +14,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, Self
 
-from hrmtext.config.data import EngineConfig
+from hrmtext.config.engine import EngineConfig
 from hrmtext.data.workers import WorkerPool
-from hrmtext.errors import DataError
 
 TASKS = {
+    "clean": "hrmtext.data.clean_parts",
+    "hold out": "hrmtext.data.heldout_choice",
     "tokenize": "hrmtext.data.tokenize",
 }
 """Task -> the module whose `answer(request)` does it."""
@@ -134,13 +135,3 @@ class LocalEngine:
             if further is not None:
                 run_task(further)
         return answers
-
-
-def refuse_urls(what: str, path: str | Path) -> None:
-    """Raise DataError for an address such as `s3://bucket/x`, which is no path of a file system."""
-    scheme, found, _ = str(path).partition("://")
-    if found and scheme.isalnum():
-        raise DataError(
-            f"{what} is {path}, an address of {scheme}; expected a folder of a file system that "
-            "all workers see. Mount the bucket, or copy the files"
-        )

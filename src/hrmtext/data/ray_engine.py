@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import logging
 import os
 import uuid
 from collections.abc import Iterator, Sequence
@@ -159,7 +160,7 @@ class RayEngine:
             }
         try:
             ray.init(
-                **settings, runtime_env={"env_vars": environment}, logging_level="error",
+                **settings, runtime_env={"env_vars": environment}, logging_level=logging.ERROR,
                 configure_logging=True, namespace=f"hrm-text-{uuid.uuid4().hex[:8]}",
             )  # fmt: skip
         except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:

@@ -16,6 +16,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from hrmtext.data.clean_rows import add_places
 from hrmtext.data.engine import Engine, LocalEngine
 from hrmtext.data.format import (
     METADATA_FILE,
@@ -26,7 +27,7 @@ from hrmtext.data.format import (
     tokenizer_info,
 )
 from hrmtext.data.parts import PART_BYTES, Part, plan_parts
-from hrmtext.data.sources.local import PLACES_KEPT, RowProblems, find_files
+from hrmtext.data.sources.local import RowProblems, find_files
 from hrmtext.data.stratum import StratumWriter
 from hrmtext.data.tokenizer import TOKENIZER_FILE, PromptTokenizer
 from hrmtext.data.workers import Progress
@@ -36,6 +37,7 @@ from hrmtext.runtime.io import (
     atomic_folder,
     exclusive,
     fingerprint,
+    remove_leftovers,
     require_complete,
     write_json,
 )
@@ -96,7 +98,7 @@ def tokenize_files(
     with exclusive(out):
         tokenizer.save(out)
         write_json(out / TOKENIZER_INFO_FILE, tokenizer_info(tokenizer))
-        _remove_leftovers(out)
+        remove_leftovers(out, *(out / PARTS_FOLDER).glob("*"))
         removed = _remove_orphans(out, set(files))
         todo = [name for name in files if not _is_current(out / name, files[name], tokenizer)]
         # The largest first, so that the last to finish are small.
@@ -167,7 +169,9 @@ class _Run:
     def work(self, engine: Engine) -> None:
         """Answer all requests."""
         if self.requests:
-            engine.require(written=[self.out], read=sorted({Path(r["source"]) for r in self.requests}))
+            engine.require(
+                written=[self.out], read=sorted({Path(r["source"]) for r in self.requests})
+            )
             engine.ask(self.requests, self._answered, num_bytes=self.num_bytes)
 
     def _add(self, request: dict[str, Any], weight: float) -> None:
@@ -220,7 +224,7 @@ def _join_parts(request: dict[str, Any], tokenizer: PromptTokenizer) -> None:
         for part in folders:
             marker = require_complete(part)
             writer.add_part(part)
-            _add_dropped(dropped, marker["dropped"], num_read)
+            add_places(dropped, marker["dropped"], num_read)
             num_read += marker["num_read"]
         writer.dropped = dict(sorted(dropped.items()))
     shutil.rmtree(folders[0].parent)
@@ -252,16 +256,6 @@ def _stratum(
         _write_metadata(temporary, now)
 
 
-def _add_dropped(total: dict[str, dict[str, Any]], more: dict[str, Any], num_read: int) -> None:
-    """Add the dropped rows of a part, before which the file has `num_read` lines or rows."""
-    for reason, problem in more.items():
-        known = total.setdefault(reason, {"rows": 0, "first": []})
-        known["rows"] += problem["rows"]
-        for place in problem["first"][: PLACES_KEPT - len(known["first"])]:
-            file, _, number = place.rpartition(":")
-            known["first"].append(f"{file}:{int(number) + num_read}")
-
-
 def _write_metadata(folder: Path, stat: os.stat_result) -> None:
     values = {"source_mtime": int(stat.st_mtime), "source_size": stat.st_size}
     write_json(folder / METADATA_FILE, values)
@@ -288,17 +282,6 @@ def _is_current(folder: Path, source: Path, tokenizer: PromptTokenizer) -> bool:
     _write_metadata(folder, stat)
     write_json(folder / MARKER, marker | {"source_mtime_ns": stat.st_mtime_ns})
     return True
-
-
-def _remove_leftovers(out: Path) -> None:
-    """Remove what a killed run was writing; nobody else writes, as the caller holds the lock."""
-    for place in (out, *(out / PARTS_FOLDER).glob("*")):
-        for pattern in (".*.tmp", ".*.old"):
-            for leftover in place.glob(pattern):
-                if leftover.is_dir():
-                    shutil.rmtree(leftover)
-                else:
-                    leftover.unlink()
 
 
 def _remove_orphans(out: Path, expected: set[str]) -> int:

@@ -124,16 +124,27 @@ def exclusive(path: str | Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _lock(lock)
         try:
-            for ending in ("tmp", "old"):
-                for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.{ending}"):
-                    if leftover.is_dir():
-                        shutil.rmtree(leftover)
-                    else:
-                        leftover.unlink()
+            remove_leftovers(path.parent, name=path.name)
             yield
         finally:
             lock.unlink(missing_ok=True)
             os.close(descriptor)
+
+
+def remove_leftovers(*folders: Path, name: str | None = None) -> None:
+    """Remove what killed runs were writing in `folders`; nobody else may be writing there.
+
+    Args:
+        name: only what was to become this file or folder; None: anything.
+    """
+    pattern = f".{'*' if name is None else glob.escape(name)}"
+    for folder in folders:
+        for ending in ("tmp", "old"):
+            for leftover in folder.glob(f"{pattern}.*.{ending}"):
+                if leftover.is_dir():
+                    shutil.rmtree(leftover)
+                else:
+                    leftover.unlink()
 
 
 def _lock(lock: Path) -> int:

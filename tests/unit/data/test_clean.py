@@ -8,7 +8,8 @@ import pytest
 
 from hrmtext.config import build
 from hrmtext.config.data import CleaningConfig
-from hrmtext.data.clean import SourceStratum, clean, tidy
+from hrmtext.data.clean import SourceStratum, clean
+from hrmtext.data.clean_rows import tidy
 from hrmtext.data.example import Example, Turn
 from hrmtext.data.sources.local import RowProblems, find_files, read_batches
 from hrmtext.errors import ConfigError, DataError

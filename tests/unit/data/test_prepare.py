@@ -16,7 +16,7 @@ from hrmtext.data.example import Example, normalize_prompt
 from hrmtext.data.format import SampledData
 from hrmtext.data.heldout import fitting_rows, load_rows, read_held_out
 from hrmtext.data.inspect import inspect
-from hrmtext.data.prepare import prepare, training_texts
+from hrmtext.data.prepare import prepare
 from hrmtext.data.sample import sample
 from hrmtext.data.sources.local import RowProblems, find_files, read_batches
 from hrmtext.data.tokenize import tokenize_files
@@ -200,14 +200,6 @@ def test_held_out_rows_are_whole_and_no_training_row_has_their_prompt(raw, tmp_p
     kept, left_out = fitting_rows(encoded, 20)
     assert len(kept) + left_out == len(encoded) and left_out > 0
     assert all(len(row.prompt) + len(row.response) <= 21 for row in kept)
-
-
-def test_tokenizer_texts_are_spread_over_each_stratum(tmp_path):
-    rows = [ROW._replace(instruction=f"{i} " + "x" * 50) for i in range(2500)]
-    clean([SourceStratum(name="a", batches=[rows])], tmp_path / "c", CleaningConfig())
-    texts = list(training_texts(tmp_path / "c", 10, max_chars=5))
-    assert texts[0::2] == [f"{i} xxxxx"[:5] for i in range(0, 2500, 250)]
-    assert len(list(training_texts(tmp_path / "c", None, 5))) == 5000
 
 
 def test_inspect_counts_every_kind_of_folder(raw, tmp_path):

@@ -7,18 +7,30 @@ Training and held-out rows therefore use far apart seeds, and prompts are compar
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import json
 import os
 from collections.abc import Sequence
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
-from hrmtext.config.base import nearest
+from hrmtext.config.base import nearest, to_mapping
 from hrmtext.config.data import FamilyConfig, ReasoningGymConfig
 from hrmtext.data.example import Example, HeldOutRow, normalize_prompt
+from hrmtext.data.format import REPORT_FILE, read_json
+from hrmtext.data.heldout import read_held_out, write_held_out
+from hrmtext.data.row_files import row_writer
 from hrmtext.data.workers import Progress, WorkerPool
 from hrmtext.errors import BackendError, ConfigError, DataError
+from hrmtext.runtime.io import (
+    atomic_folder,
+    fingerprint,
+    is_complete,
+    require_complete,
+    write_json,
+)
 from hrmtext.runtime.log import logger, warn_once
 from hrmtext.runtime.rng import keyed_seed
 
@@ -27,6 +39,11 @@ HELD_OUT_SEED_DISTANCE = 2**30
 """Held-out seeds lie that far above training seeds, more than any family has rows."""
 MAX_ATTEMPTS_PER_HELD_OUT_ROW = 20
 WORKER = "hrmtext.data.sources.reasoning_gym_worker"
+FORMAT_VERSION = 1
+FOLDER = "reasoning_gym"
+"""Name of the folder of its rows among those of the sources."""
+HELD_OUT_FOLDER = ".heldout"
+"""Within it; hidden, so that its files are no strata."""
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -120,6 +137,36 @@ def generate(config: ReasoningGymConfig, progress: Progress | None = None) -> Re
         prompts_compared=len(prompts),
     )
     return ReasoningGymData(train=train, held_out=held_out, report=report)
+
+
+def collect_inputs(config: ReasoningGymConfig) -> str:
+    """What the rows of a mix depend on; BackendError if reasoning-gym is not installed."""
+    _require_reasoning_gym()
+    mix = to_mapping(config)
+    mix.pop("num_workers")
+    return fingerprint(FORMAT_VERSION, mix, importlib.metadata.version("reasoning-gym"))
+
+
+def collect(
+    config: ReasoningGymConfig, out: Path, progress: Progress | None = None
+) -> tuple[dict[str, Any], dict[str, list[HeldOutRow]]]:
+    """`generate` into `out/<stratum>.jsonl`, unless that is up to date; report, held-out rows."""
+    inputs = collect_inputs(config)
+    if not (is_complete(out) and require_complete(out).get("inputs") == inputs):
+        data = generate(config, progress)
+        with atomic_folder(out, replace=True, inputs=inputs) as temporary:
+            for name, rows in data.train.items():
+                with row_writer(temporary / f"{name}.jsonl") as writer:
+                    writer.write(rows)
+            (temporary / HELD_OUT_FOLDER).mkdir()
+            for name, held_out in data.held_out.items():
+                write_held_out(temporary / HELD_OUT_FOLDER / f"{name}.jsonl", held_out)
+            write_json(temporary / REPORT_FILE, data.report.to_mapping())
+    held = {
+        family.stratum: read_held_out(out / HELD_OUT_FOLDER / f"{family.stratum}.jsonl")
+        for family in config.families
+    }
+    return read_json(out / REPORT_FILE), held
 
 
 def score(
