@@ -12,9 +12,17 @@ from pathlib import Path
 
 import torch
 
-from hrmtext.runtime.device import describe
+from hrmtext.runtime.device import cpu_has_bf16, describe
 
 RESULTS = Path(__file__).parent / "results"
+
+
+def number_formats(device: torch.device) -> dict[str, torch.dtype]:
+    """The formats worth a trial: without instructions for it a CPU only emulates bf16, slowly."""
+    formats = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    if device.type == "cpu" and not cpu_has_bf16():
+        del formats["bf16"]
+    return formats
 
 
 def synchronize(device: torch.device) -> None:

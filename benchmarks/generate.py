@@ -16,7 +16,7 @@ import random
 from collections.abc import Callable
 
 import torch
-from common import interleave, ratios, read_bytes_per_s, summary, write_result
+from common import interleave, number_formats, ratios, read_bytes_per_s, summary, write_result
 
 from hrmtext.artifacts.hf_folder import to_hf_config, to_split
 from hrmtext.config.base import build
@@ -28,7 +28,6 @@ from hrmtext.model import build_model
 from hrmtext.model.flops import decode_bytes
 from hrmtext.runtime.device import pick_device
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 Side = Callable[[], list[list[int]]]
 
 
@@ -105,12 +104,13 @@ def main() -> None:
     ours: dict[str, Side] = {}
     theirs: dict[str, Side] = {}
     state = build_model(config, seed=0).state_dict()
-    for name, dtype in DTYPES.items():
+    formats = number_formats(device)
+    for name, dtype in formats.items():
         model = TextModel(build_model(config, seed=0, device=device).to(dtype), tokenizer)
         for step in ("auto", "eager", "compiled"):
             ours[f"{name}, {step}"] = our_side(model, prompts, arguments.new_tokens, step=step)
     ways = (("dynamic", False), ("static", False), ("static", True))
-    for (name, dtype), (cache, compiled) in itertools.product(DTYPES.items(), ways):
+    for (name, dtype), (cache, compiled) in itertools.product(formats.items(), ways):
         how = "compiled" if compiled else "eager"
         theirs[f"{name}, {cache} cache, {how}"] = their_side(
             config, state, ids, arguments.new_tokens, device, dtype, cache, compiled

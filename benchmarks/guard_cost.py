@@ -3,7 +3,7 @@
 The same step of the quickstart's shape, in turn: without guard, with it, and with telemetry in
 every step; the last is divided by `telemetry_every` for its share on average.
 
-    python benchmarks/guard_cost.py [--rounds 20] [--preset micro] [--batch-tokens 4096]
+    python benchmarks/guard_cost.py [--rounds 20] [--preset micro] [--batch-tokens 1024]
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def side(preset: str, tokens: int, device: torch.device, **changes: object) -> C
     """One optimizer step at full backward depth under some settings of the config."""
     config = build(
         TrainConfig,
-        {"model": {"preset": preset}, "batch_tokens": 1 << 20, **changes},
+        {"model": {"preset": preset, "vocab_size": 512}, "batch_tokens": 1 << 20, **changes},
         where="benchmark",
     )
     shape = config.model.resolve()

@@ -6,7 +6,7 @@ best setting of each side (number format, attention) is found first, then all ar
 a third side, theirs gets what it cannot do by itself: the batch cut into microbatches of rows of
 similar length, which saves most of its padding; and both sides are timed compiled as well.
 
-    python benchmarks/train_step.py [--rounds 12] [--preset micro] [--batch-tokens 4096]
+    python benchmarks/train_step.py [--rounds 12] [--preset micro] [--batch-tokens 1024]
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
-from common import interleave, matmul_flops, ratios, summary, write_result
+from common import interleave, matmul_flops, number_formats, ratios, summary, write_result
 
 from hrmtext.artifacts.hf_folder import to_hf_config, to_split
 from hrmtext.batch import IGNORE, PackedBatch
@@ -38,15 +38,26 @@ L_BP_CYCLES = (0, 3)
 """Gradient through both H calls and the last three L calls: bp_steps=5, the recipe's depth."""
 
 
+KINDS = {
+    "chain_sum": (14, (19, 21), (2, 4)),
+    "number_filtering": (11, (34, 40), (4, 13)),
+    "rotate_matrix": (11, (48, 50), (8, 8)),
+    "spell_backward": (45, (16, 20), (3, 6)),
+    "word_reversal": (19, (35, 52), (4, 20)),
+}
+"""The quickstart's families: weight, and shortest and longest prompt and response in tokens."""
+
+
 def quickstart_like_rows(tokens: int, vocab_size: int, seed: int) -> Rows:
-    """Rows with the quickstart's lengths: four kinds of prompt, short answers."""
+    """Random tokens in rows of the quickstart's lengths and shares."""
     rng = random.Random(seed)
-    kinds = [(18, 2, 4), (29, 2, 4), (35, 4, 8), (66, 10, 22), (90, 5, 18)]
+    kinds = list(KINDS.values())
+    weights = [weight for weight, _, _ in kinds]
     rows: Rows = []
     used = 0
     while True:
-        prompt, shortest, longest = rng.choice(kinds)
-        lengths = prompt + rng.randint(-2, 4), rng.randint(shortest, longest)
+        _, prompt, response = rng.choices(kinds, weights)[0]
+        lengths = rng.randint(*prompt), rng.randint(*response)
         if used + sum(lengths) - 1 > tokens:
             return rows
         used += sum(lengths) - 1
@@ -170,14 +181,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=12)
     parser.add_argument("--preset", default="micro")
-    parser.add_argument("--batch-tokens", type=int, default=4096)
+    parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     device = pick_device(arguments.device)
-    config = preset(arguments.preset)
+    config = preset(arguments.preset, vocab_size=512)
     rows = quickstart_like_rows(arguments.batch_tokens, config.vocab_size, seed=0)
     num_tokens = sum(len(prompt) + len(response) - 1 for prompt, response in rows)
-    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    dtypes = number_formats(device)
 
     first_losses = {
         f"ours {name}": our_side(config, rows, device, dtype)() for name, dtype in dtypes.items()
