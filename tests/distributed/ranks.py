@@ -1,18 +1,12 @@
-"""Cases that run inside a process group; `launch` starts one, each rank prints nothing but errors.
-
-`python ranks.py TASK FOLDER` is one rank; what a task found is left in FOLDER as JSON.
-"""
+"""Cases that run inside a process group; `launch` starts one."""
 
 import functools
 import json
 import os
-import socket
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
-UNIT = Path(__file__).parents[1] / "unit" / "train"
+import processes
+
 STEPS = 4
 ROWS = 16
 GRIDS = {
@@ -53,21 +47,9 @@ if not EVERYTHING:
 
 def launch(task, folder, num_ranks):
     """Run a task on `num_ranks` processes; their error output is in the failure's message."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(num_ranks):
-        environment = {
-            **os.environ, "OMP_NUM_THREADS": "1", "WORLD_SIZE": str(num_ranks), "RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        }  # fmt: skip
-        command = [sys.executable, __file__, task, str(folder)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        )
-    errors = [process.communicate(timeout=300)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0] * num_ranks, "\n".join(errors)
+    log = folder / f"{task}-log"
+    statuses = processes.ended(processes.start_ranks(num_ranks, run_task, task, folder, log=log))
+    assert statuses == [0] * num_ranks, processes.said(log)
 
 
 def source(bins_per_step=2):
@@ -192,23 +174,17 @@ def three_ranks(folder):
     return {"rows": rows, "initial": {"fsdp": initial({"parallel": "fsdp"})}}
 
 
-def main():
+def run_task(task, folder):
+    """One rank; what the task found is left in the folder as JSON."""
     warnings.simplefilter("error")
     # The tracer looks for .grad of every tensor that it meets; torch warns of its own look.
     warnings.filterwarnings("ignore", message="The .grad attribute of a Tensor")
-    sys.path.insert(0, str(UNIT))
     import torch
     import torch.distributed as torch_dist
 
     from hrmtext.train.parallel import process_group
 
-    torch.set_num_threads(1)
-    task, folder = sys.argv[1], Path(sys.argv[2])
     with process_group(torch.device("cpu")):
         found = {"two": two_ranks, "three": three_ranks}[task](folder)
         file = folder / f"{task}-{torch_dist.get_rank()}.json"
         file.write_text(json.dumps(found), encoding="utf-8")
-
-
-if __name__ == "__main__":
-    main()

@@ -1,74 +1,20 @@
 """Two ranks over gloo train what one rank trains: same rows, same loss, same weights."""
 
 import json
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
+from data_parallel_ranks import train_and_record
+from processes import ended, said, start_ranks
 
 from hrmtext.artifacts import RunFolder, read_tensors
 
-UNIT = Path(__file__).parents[1] / "unit" / "train"
-
-SCRIPT = """
-import json, os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(1)
-from memory_source import MemorySource, random_rows, small_config
-from hrmtext.train import step, train_on
-
-class Recording(MemorySource):
-    def loader(self, config, rank, world_size):
-        self.rank = rank
-        self.made = super().loader(config, rank, world_size)
-        return self.made
-
-# 7 rows a step in bins of 2: four bins, the last one short; 15 rows: a last step of one bin,
-# of which the second rank gets nothing.
-rows, heldout = random_rows(15), random_rows(12, seed=5)
-source = Recording(rows, rows_per_step=7, rows_per_bin=2, heldout=heldout)
-stop_at = int(sys.argv[3])
-original = step.TrainStep.run
-
-def run(self, *args, **kwargs):
-    result = original(self, *args, **kwargs)
-    if kwargs["step"] + 1 == stop_at and source.rank == 1:
-        os.kill(os.getpid(), signal.SIGTERM)
-    return result
-
-step.TrainStep.run = run
-result = train_on(small_config(epochs=4), source, run_folder=sys.argv[2], progress="none")
-with open(f"{sys.argv[2]}-rows-{source.rank}.json", "w") as stream:
-    json.dump({"served": source.made.served, "step": result.step}, stream)
-"""
-
 
 def launch(run, num_ranks, stop_at=0):
-    """Run the script on `num_ranks` processes; returns their exit codes and error output."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = []
-    for rank in range(num_ranks):
-        environment = {
-            **os.environ,
-            "OMP_NUM_THREADS": "1",
-            "WORLD_SIZE": str(num_ranks),
-            "RANK": str(rank),
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port),
-        }
-        command = [sys.executable, "-c", SCRIPT, str(UNIT), str(run), str(stop_at)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
-        )
-    errors = [process.communicate(timeout=120)[1] for process in processes]
-    return [process.returncode for process in processes], errors
+    """Train on `num_ranks` processes; returns their exit codes and error output."""
+    log = run.with_name(f"{run.name}-log{stop_at}")
+    statuses = ended(start_ranks(num_ranks, train_and_record, str(run), stop_at, log=log))
+    return statuses, [*said(log).values()]
 
 
 @pytest.fixture(scope="module")

@@ -5,16 +5,12 @@ One case of each kind is tried by default; with HRM_TEXT_STRATEGIES=all in the e
 
 import json
 import shutil
-import sys
 from itertools import chain
 
 import pytest
 import torch
-from ranks import CURVES, EVERYTHING, RUNS, UNIT, curve, launch, train_and_record
-
-sys.path.insert(0, str(UNIT))
-
 from memory_source import small_config
+from ranks import CURVES, EVERYTHING, RUNS, curve, launch, train_and_record
 
 from hrmtext.artifacts import RunFolder, load_model, read_tensors
 from hrmtext.artifacts.dcp import DcpFolder

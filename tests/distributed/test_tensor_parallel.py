@@ -2,33 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
+from processes import ended, said, start_ranks
+from tensor_parallel_ranks import answer_with_half_of_every_layer
 
 from hrmtext.hf import HrmTextConfig, HrmTextForCausalLM
-
-RANK = """
-import sys, torch
-from transformers.distributed import DistributedConfig
-from hrmtext.hf import HrmTextForCausalLM
-
-folder, out = sys.argv[1:]
-config = DistributedConfig(tp_size=2, tp_plan="auto")
-model = HrmTextForCausalLM.from_pretrained(folder, distributed_config=config).eval()
-ids = torch.arange(4, 14)[None]
-types = (torch.arange(10) < 7).long()[None]
-with torch.no_grad():
-    logits = model(ids, token_type_ids=types).logits
-tokens = model.generate(ids, token_type_ids=types * 0 + 1, attention_mask=torch.ones_like(ids),
-                        max_new_tokens=12, do_sample=False)
-weights = {n: tuple(w.to_local().shape) if hasattr(w, "to_local") else tuple(w.shape)
-           for n, w in model.named_parameters()}
-rank = torch.distributed.get_rank()
-torch.save({"logits": logits, "tokens": tokens, "shapes": weights}, f"{out}/{rank}.pt")
-"""
 
 
 def test_two_ranks_give_the_logits_and_tokens_of_one(tmp_path: Path):
@@ -39,15 +19,9 @@ def test_two_ranks_give_the_logits_and_tokens_of_one(tmp_path: Path):
     )  # fmt: skip
     model = HrmTextForCausalLM(config).eval()
     model.save_pretrained(tmp_path / "model")
-    (tmp_path / "rank.py").write_text(RANK)
-    done = subprocess.run(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-            str(tmp_path / "rank.py"), str(tmp_path / "model"), str(tmp_path),
-        ],
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2_000:]
+    place = (str(tmp_path / "model"), str(tmp_path))
+    ranks = start_ranks(2, answer_with_half_of_every_layer, *place, log=tmp_path / "log")
+    assert ended(ranks) == [0, 0], said(tmp_path / "log")
     ids = torch.arange(4, 14)[None]
     types = (torch.arange(10) < 7).long()[None]
     with torch.no_grad():

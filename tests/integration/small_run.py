@@ -43,3 +43,10 @@ def make_config(**changes):
         **changes,
     }
     return build(TrainConfig, values, where="test")
+
+
+def train_quietly(config, data, run):
+    """A run on the CPU, for a process of its own."""
+    from hrmtext.train import train
+
+    train(config, data_folder=data, run_folder=run, device="cpu", progress="none")

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import torch
 from kill_ranks import INTERRUPTED, LOST, NO_FAULT, REFUSED, STORED, Fault, start_ranks
+from processes import TIMEOUT_S, ended, said
 from small_run import make_config, prepare_additions
 
 from hrmtext.artifacts import RunFolder, read_tensors
@@ -26,7 +27,6 @@ from hrmtext.train.watchdog import EXIT_STATUS
 
 NUM_STEPS, EVERY = 10, 3
 FILES = ("model.safetensors", "ema.safetensors", "optimizer.safetensors")
-TIMEOUT_S = 300
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +84,6 @@ def all_kills():
 KILLS = all_kills() if os.environ.get("HRM_TEXT_KILLS") == "all" else all_kills()[::3]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before, threads = os.environ.get("OMP_NUM_THREADS"), torch.get_num_threads()
-    os.environ["OMP_NUM_THREADS"] = "1"  # for the server that the ranks are forked from
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    if before is None:
-        del os.environ["OMP_NUM_THREADS"]
-
-
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
     return prepare_additions(tmp_path_factory.mktemp("data"), num_rows=400)
@@ -118,17 +107,6 @@ def finish(num_ranks, run, data, log, recipe=None):
     """Run to the end."""
     ranks = start_ranks(num_ranks, run, recipe or config(), data, log)
     assert ended(ranks) == [0] * num_ranks, said(log)
-
-
-def ended(ranks):
-    """Exit statuses; a rank that does not end in time is a failure of the test."""
-    for rank in ranks:
-        rank.join(TIMEOUT_S)
-    return [rank.exitcode for rank in ranks]
-
-
-def said(log):
-    return {path.name: path.read_text() for path in sorted(log.parent.glob(f"{log.name}.*"))}
 
 
 def lines(run):

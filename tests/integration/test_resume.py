@@ -1,34 +1,20 @@
 """A run on prepared data, killed at a random moment, ends as the uninterrupted one does."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from small_run import make_config, prepare_additions
+from processes import ended, start
+from small_run import make_config, prepare_additions, train_quietly
 
 from hrmtext.artifacts import RunFolder, load_model, read_tensors
-from hrmtext.config.base import dump_yaml
 from hrmtext.data.tokenizer import PromptTokenizer
 from hrmtext.errors import CheckpointError, DataError
 from hrmtext.train import FolderSource, train
 from hrmtext.train.metrics import read_metrics
-
-SCRIPT = """
-import sys
-import torch
-torch.set_num_threads(1)
-from hrmtext.config.base import load
-from hrmtext.config.train import TrainConfig
-from hrmtext.train import train
-data, run, config = sys.argv[1:]
-train(load(TrainConfig, config), data_folder=data, run_folder=run, device="cpu", progress="none")
-"""
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -58,25 +44,22 @@ def records(run):
 
 
 def test_kill_9_at_a_random_moment_changes_nothing(data, whole, tmp_path):
-    config = tmp_path / "config.yaml"
-    config.write_text(dump_yaml(make_config()))
     run = tmp_path / "run"
-    command = [sys.executable, "-c", SCRIPT, str(data), str(run), str(config)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     kills, moments = 0, random.Random(7)
     for _ in range(2):
         before = RunFolder(run).metrics_file.stat().st_size if kills else 0
-        process = subprocess.Popen(command, env=environment)
+        process = start(train_quietly, make_config(), str(data), str(run), log=tmp_path / "log")
         # From outside and at any moment: after the log has grown by a random amount.
         grow = moments.randrange(200, 3000)
-        while process.poll() is None:
+        while process.exitcode is None:
             log = RunFolder(run).metrics_file
             if log.is_file() and log.stat().st_size > before + grow:
-                process.send_signal(signal.SIGKILL)
+                process.kill()
                 break
             time.sleep(0.002)
-        if process.wait(timeout=60) == -signal.SIGKILL:
-            kills += 1
+        (status,) = ended([process])
+        assert status in (0, -signal.SIGKILL), (tmp_path / "log").read_text()
+        kills += status != 0
     assert kills, "the run was over before it could be killed: make it longer"
     result = train(make_config(), data_folder=data, run_folder=run, device="cpu", progress="none")
     assert result.step == whole.step > 40

@@ -1,15 +1,15 @@
 """The loop: interrupted and resumed equals uninterrupted, bit for bit, whatever stopped it."""
 
 import json
-import os
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from interrupted_run import make_source, train_until
 from memory_source import MemorySource, random_rows, small_config
+from processes import ended, start
 
 from hrmtext.artifacts import RunFolder, load_model, read_tensors
 from hrmtext.artifacts.opening import open_stored
@@ -19,54 +19,7 @@ from hrmtext.train import checkpoint as checkpoint_module
 from hrmtext.train import train_on
 from hrmtext.train.metrics import read_metrics
 
-HERE = Path(__file__).parent
 NUM_STEPS = 16
-
-SCRIPT = """
-import os, signal, sys
-sys.path.insert(0, sys.argv[1])
-import torch
-torch.set_num_threads(1)
-from test_loop import make_source, small_config, train_on
-from hrmtext.artifacts import weights
-from hrmtext.train import checkpoint, step
-
-how, at, folder = sys.argv[2], int(sys.argv[3]), sys.argv[4]
-calls = 0
-original = {"step": step.TrainStep.run, "write": checkpoint.write_tensors}
-
-def run(self, *args, **kwargs):
-    global calls
-    result = original["step"](self, *args, **kwargs)
-    calls += 1
-    if calls == at:
-        os.kill(os.getpid(), getattr(signal, how))
-    return result
-
-def write(path, tensors):
-    # Half of the optimizer's file of a checkpoint, then the power is gone.
-    global calls
-    original["write"](path, tensors)
-    calls += 1
-    if calls == at:
-        with open(path, "r+b") as stream:
-            stream.truncate(path.stat().st_size // 2)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-if how == "write":
-    checkpoint.write_tensors = write
-else:
-    step.TrainStep.run = run
-try:
-    train_on(small_config(), make_source(), run_folder=folder, progress="none")
-except Exception as error:
-    print(f"{type(error).__name__}: {error}")
-    sys.exit(3)
-"""
-
-
-def make_source():
-    return MemorySource(random_rows(60), heldout=random_rows(20, seed=5))
 
 
 @pytest.fixture(autouse=True)
@@ -89,13 +42,10 @@ def whole(tmp_path_factory):
 
 
 def interrupted(folder, how, at):
-    """Run the script until it is interrupted; returns its exit code and output."""
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(HERE), how, str(at), str(folder)],
-        capture_output=True, text=True, timeout=120, check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )  # fmt: skip
-    return done.returncode, done.stdout + done.stderr
+    """Train until it is interrupted; returns the exit status and the error output."""
+    log = folder.with_name("log")
+    statuses = ended([start(train_until, how, at, str(folder), log=log)])
+    return statuses[0], log.read_text()
 
 
 def without_timing(path):
