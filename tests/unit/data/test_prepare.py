@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 
+import numpy as np
 import pytest
 
 from hrmtext.config import build, load
@@ -200,6 +201,20 @@ def test_held_out_rows_are_whole_and_no_training_row_has_their_prompt(raw, tmp_p
     kept, left_out = fitting_rows(encoded, 20)
     assert len(kept) + left_out == len(encoded) and left_out > 0
     assert all(len(row.prompt) + len(row.response) <= 21 for row in kept)
+
+
+def test_percentiles_from_counts_are_those_of_all_lengths(tmp_path):
+    generator = random.Random(5)
+    for size in (1, 2, 7, 500):
+        lengths = [generator.choice([2, 3, 50, generator.randrange(2, 900)]) for _ in range(size)]
+        rows = [{"instruction": "x" * (n - 1), "response": "y"} for n in lengths]
+        path = tmp_path / f"{size}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        found = inspect(path)
+        points = list(found.lengths)
+        expected = np.percentile(lengths, points, method="nearest").tolist()
+        assert list(found.lengths.values()) == expected
+        assert (found.rows, found.units) == (size, sum(lengths))
 
 
 def test_inspect_counts_every_kind_of_folder(raw, tmp_path):
