@@ -7,11 +7,10 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hrmtext.batch import PackedBatch, TokenTurn
 from hrmtext.data.arrays import Array
 from hrmtext.data.example import HISTORY, HeldOutRow
 from hrmtext.data.format import (
@@ -29,6 +28,9 @@ from hrmtext.data.sources.local import stratum_label
 from hrmtext.data.tokenizer import CONDITIONS, SPECIAL_TOKENS
 from hrmtext.data.turns import turns_of
 from hrmtext.errors import DataError
+
+if TYPE_CHECKING:
+    from hrmtext.batch import PackedBatch, TokenTurn
 
 SAMPLED_KEY = "tokenizer_info"
 
@@ -50,6 +52,8 @@ class TokenRow:
 
     def turns(self) -> list[TokenTurn]:
         """The row's turns; only the last response is scored."""
+        from hrmtext.batch import TokenTurn  # torch comes with it; preparing data does without
+
         blocks = list(self.blocks) or [(0, len(self.prompt))]
         found = [
             TokenTurn(self.prompt[start:end], self.prompt[end:after], False)
@@ -112,6 +116,8 @@ def validation_batches(
     Raises:
         DataError: a row longer than `bin_tokens`.
     """
+    from hrmtext.batch import PackedBatch
+
     lengths = [len(row.prompt) + len(row.response) - 1 for row in rows]
     plan = plan_epoch(np.array(lengths, dtype=np.int64), bin_tokens)
     batches = []
