@@ -183,5 +183,7 @@ def add_places(total: dict[str, dict[str, Any]], more: dict[str, Any], num_read:
         known = total.setdefault(reason, {"rows": 0, "first": []})
         known["rows"] += problem["rows"]
         for place in problem["first"][: PLACES_KEPT - len(known["first"])]:
-            file, _, number = place.rpartition(":")
-            known["first"].append(f"{file}:{int(number) + num_read}")
+            if num_read:
+                file, _, number = place.rpartition(":")
+                place = f"{file}:{int(number) + num_read}"
+            known["first"].append(place)

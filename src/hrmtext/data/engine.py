@@ -19,6 +19,7 @@ from hrmtext.data.workers import WorkerPool
 
 TASKS = {
     "clean": "hrmtext.data.clean_parts",
+    "collect": "hrmtext.data.sources.collect",
     "hold out": "hrmtext.data.heldout_choice",
     "tokenize": "hrmtext.data.tokenize",
 }

@@ -221,7 +221,7 @@ class _Stages:
             add(name, SourceFile(path=path, strict=source.strict, eval_size=source.eval_size))
         for source in config.hub:
             folder = done.sources / source.source
-            report = collect(source, folder, self.progress)
+            report = collect(source, folder, self.progress, engine)
             source_report.setdefault("hub", {})[source.source] = report
             for name, path in find_files(folder).items():
                 file = SourceFile(path=path, strict=source.strict, eval_size=source.eval_size)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from snapshots import snapshot
 
 from hrmtext.cli.main import main
 from hrmtext.config.base import build, dump_yaml
@@ -34,20 +35,6 @@ prepare.prepare.__kwdefaults__["part_bytes"] = int(sys.argv[1])
 if __name__ == "__main__":
     sys.exit(main(["data", "prepare", *sys.argv[2:], "--engine", "ray", "--num-workers", "2"]))
 """
-
-
-def snapshot(folder):
-    """Every file's bytes, but for the times of change of cleaned files."""
-    found = {}
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            data = path.read_bytes()
-            if path.name in ("COMPLETE.json", "metadata.json"):
-                values = json.loads(data)
-                values.pop("source_mtime", None), values.pop("source_mtime_ns", None)
-                data = json.dumps(values).encode()
-            found[path.relative_to(folder).as_posix()] = data
-    return found
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +63,14 @@ def config(tmp_path_factory, texts) -> DataConfig:
     for name, lines in files.items():
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (raw / f"{name}.jsonl").write_text(text + "{broken\n")
+    public = [raw.parent / f"train-{number}.jsonl" for number in range(3)]
+    for number, path in enumerate(public):
+        lines = [{"question": f"{number} + {i}?", "answer": f"So.\n#### {number + i}"}
+                 for i in range(50)]  # fmt: skip
+        path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"question": "?"}]))
     values = {
         "local": [{"path": str(raw), "eval_size": 8, "prefix": "mine__"}],
+        "hub": [{"source": "gsm8k", "files": [str(path) for path in public], "eval_size": 3}],
         "cleaning": {"drop_duplicates": True, "near_duplicates": 0.7, "pii": "mask"},
         "tokenizer": {"vocab_size": 340, "max_rows_per_stratum": 90, "seed": 3},
         "sampling": {"epochs": 2, "max_seq_len": 256},
@@ -181,3 +174,12 @@ def test_an_address_of_object_storage_is_refused_by_name(config, tmp_path):
     local = {"local": [{"path": "gs://bucket/rows"}]}
     with pytest.raises(ConfigError, match="an address of gs"):
         build(DataConfig, local, where="test")
+
+
+def test_workers_start_without_torch():
+    code = (
+        "import sys, hrmtext.data.prepare, hrmtext.data.engine as engine, importlib\n"
+        "for name in engine.TASKS.values(): assert callable(importlib.import_module(name).answer)\n"
+        "sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

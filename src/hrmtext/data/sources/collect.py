@@ -2,29 +2,48 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import json
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from hrmtext.config.base import to_mapping
+from hrmtext.config.base import build, to_mapping
 from hrmtext.config.data import HubSourceConfig
+from hrmtext.data.clean_rows import add_places
+from hrmtext.data.engine import Engine, LocalEngine
 from hrmtext.data.example import Example
 from hrmtext.data.format import REPORT_FILE, read_json
-from hrmtext.data.sources.files import RawRows, locate, matching_files, read_rows, source_files
-from hrmtext.data.sources.hub import hub_rows, hub_units
+from hrmtext.data.sources.files import (
+    RawRows,
+    is_archive,
+    locate,
+    matching_files,
+    read_rows,
+    source_files,
+)
+from hrmtext.data.sources.hub import HubUnit, hub_rows, hub_units
 from hrmtext.data.sources.local import RowProblems, check_text, plain_condition
 from hrmtext.data.sources.recipe.catalog import find_source
 from hrmtext.data.sources.source import Origin, Source
 from hrmtext.data.workers import Progress
 from hrmtext.errors import CheckpointError, ConfigError, DataError
-from hrmtext.runtime.io import atomic_folder, fingerprint, require_complete, write_json
+from hrmtext.runtime.io import (
+    atomic_folder,
+    explain_storage_errors,
+    fingerprint,
+    require_complete,
+    write_json,
+)
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ROWS_HELD = 20_000
 """Examples held in memory before they are appended to their files."""
+MAX_TASKS = 64
+"""Tasks that one source's files are divided among."""
 MAX_NAME_BYTES = 200
 _ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 
@@ -74,12 +93,19 @@ def collect_inputs(config: HubSourceConfig) -> str:
 
 
 def collect(
-    config: HubSourceConfig, out: str | Path, progress: Progress | None = None
+    config: HubSourceConfig,
+    out: str | Path,
+    progress: Progress | None = None,
+    engine: Engine | None = None,
 ) -> dict[str, Any]:
     """Write `out/<stratum>.jsonl` and `report.json`, unless they are up to date; the report.
 
+    The source's files (or Hub configs) are read by tasks, each over some of them; an interrupted
+    run goes on from the tasks that are done, which lie beside `out` for a while.
+
     Args:
         out: the source's folder; swapped for the new one when that is whole.
+        engine: where tasks run; None: in this process.
 
     Raises:
         ConfigError, DataError, BackendError: as `collect_inputs`, `read_rows` and `hub_rows` do;
@@ -93,21 +119,97 @@ def collect(
     except CheckpointError:
         pass
     source = find_source(config.source)
+    roots = _roots(source, config)
+    files = [path for root in roots for path in matching_files(source, root)]
+    count = len(files) if roots else len(_hub_units(source, config))
+    # Members of an archive are read one after another, by one task.
+    num_tasks = 1 if any(map(is_archive, files)) else min(count, MAX_TASKS)
+    bounds = [index * count // num_tasks for index in range(num_tasks + 1)]
+    work = out.with_name(f".{out.name}.parts")
+    with explain_storage_errors(work):
+        work.mkdir(parents=True, exist_ok=True)
+    folders = [work / f"{start:06}" for start in bounds[:-1]]
+    common = {"task": "collect", "what": f"reading {source.name}", "config": to_mapping(config)}
+    requests = [
+        common
+        | {
+            "units": [start, stop] if num_tasks > 1 else None,
+            "folder": str(folder),
+            "key": [inputs, start, stop],
+        }
+        for folder, (start, stop) in zip(folders, itertools.pairwise(bounds), strict=True)
+    ]
+    done = 0
+
+    def advance(index: int) -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(f"reading {source.name}", done, num_tasks)
+
+    num_bytes = sum(path.stat().st_size for path in files)
+    with contextlib.ExitStack() as stack:
+        if engine is None:
+            engine = stack.enter_context(LocalEngine(1))
+        engine.require(written=[work], read=roots)
+        engine.ask(requests, advance, num_bytes=num_bytes)
+    report = _join(source, folders, out, inputs)
+    shutil.rmtree(work)
+    return report
+
+
+def answer(request: dict[str, Any]) -> None:
+    """Do one task: put the examples of some units into a folder, unless an earlier run has."""
+    folder = Path(request["folder"])
+    with contextlib.suppress(CheckpointError):
+        if require_complete(folder)["key"] == request["key"]:
+            return
+    config = build(HubSourceConfig, request["config"], where="a task")
+    source = find_source(config.source)
     report = SourceReport(source=source.name, problems=RowProblems(strict=config.strict))
-    with atomic_folder(out, replace=True, inputs=inputs) as temporary:
+    marker: dict[str, Any] = {"key": request["key"]}
+    with atomic_folder(folder, replace=True, late=marker) as temporary:
         writer = _StrataWriter(temporary)
-        for origin, rows in _units(source, config, report.problems, progress):
+        for origin, rows in _units(source, config, report.problems, request["units"]):
             for stratum, example in convert(source, origin, rows, report):
                 writer.add(stratum, example)
         writer.flush()
-        _require_columns_seen(source, report)
-        if not report.examples:
+        marker |= {"report": report.to_mapping(), "columns_seen": sorted(report.columns_seen)}
+
+
+def _join(source: Source, parts: Sequence[Path], out: Path, inputs: str) -> dict[str, Any]:
+    """Put the parts' files together, stratum by stratum; the report."""
+    report: dict[str, Any] = {"source": source.name, "rows": 0, "examples": 0}
+    left_out: dict[str, dict[str, Any]] = {}
+    problems: dict[str, dict[str, Any]] = {}
+    columns: set[str] = set()
+    with atomic_folder(out, replace=True, inputs=inputs) as temporary:
+        for part in parts:
+            marker = require_complete(part)
+            for name in ("rows", "examples"):
+                report[name] += marker["report"][name]
+            add_places(left_out, marker["report"]["left_out"], 0)
+            add_places(problems, marker["report"]["problems"], 0)
+            columns.update(marker["columns_seen"])
+            for path in sorted(part.glob("*.jsonl")):
+                with path.open("rb") as stream, (temporary / path.name).open("ab") as joined:
+                    shutil.copyfileobj(stream, joined, 1 << 20)
+        report |= {
+            "left_out": dict(sorted(left_out.items())),
+            "problems": dict(sorted(problems.items())),
+        }
+        _require_columns_seen(source, columns, report["rows"])
+        if not report["examples"]:
+            counts = [
+                {reason: found["rows"] for reason, found in reasons.items()}
+                for reasons in (left_out, problems)
+            ]
             raise DataError(
-                f"source {source.name} gave no example of {report.rows:,} rows; left out: "
-                f"{report.left_out.counts}, wrong: {report.problems.counts}"
+                f"source {source.name} gave no example of {report['rows']:,} rows; left out: "
+                f"{counts[0]}, wrong: {counts[1]}"
             )
-        write_json(temporary / REPORT_FILE, report.to_mapping())
-    return report.to_mapping()
+        write_json(temporary / REPORT_FILE, report)
+    return report
 
 
 def convert(
@@ -161,11 +263,11 @@ def even_share(index: int, count: int, limit: int) -> int:
     return (index + 1) * limit // count - index * limit // count
 
 
-def _require_columns_seen(source: Source, report: SourceReport) -> None:
-    missing = [name for name in source.columns if name not in report.columns_seen]
-    if missing and report.rows:
+def _require_columns_seen(source: Source, seen: set[str], num_rows: int) -> None:
+    missing = [name for name in source.columns if name not in seen]
+    if missing and num_rows:
         raise DataError(
-            f"source {source.name}: none of {report.rows:,} rows has {', '.join(missing)}; "
+            f"source {source.name}: none of {num_rows:,} rows has {', '.join(missing)}; "
             f"expected the columns {', '.join(source.columns)}. Are these the files of "
             f"{source.hub or source.where}?"
         )
@@ -180,10 +282,22 @@ def _roots(source: Source, config: HubSourceConfig) -> list[Path]:
     return roots + [locate(file, None) for file in config.files]
 
 
+def _hub_units(source: Source, config: HubSourceConfig) -> list[HubUnit]:
+    assert source.hub is not None, "_roots refuses sources without one"
+    return hub_units(source, source.hub, config.revision)
+
+
 def _units(
-    source: Source, config: HubSourceConfig, problems: RowProblems, progress: Progress | None
+    source: Source,
+    config: HubSourceConfig,
+    problems: RowProblems,
+    wanted: Sequence[int] | None,
 ) -> Iterator[tuple[Origin, RawRows]]:
-    """Every file or Hub config of the source, cut to its share of the limit."""
+    """Files or Hub configs of the source, each cut to its share of the limit.
+
+    Args:
+        wanted: the first one and the one behind the last; None: all.
+    """
     roots = _roots(source, config)
     if roots:
         count = sum(1 for root in roots for _ in source_files(source, root))
@@ -193,16 +307,14 @@ def _units(
             for file in source_files(source, root)
         )
     else:
-        assert source.hub is not None, "_roots refuses sources without one"
-        units = hub_units(source, source.hub, config.revision)
+        units = _hub_units(source, config)
         count = len(units)
         opened = (
             (unit.origin, hub_rows(source, unit, source.hub or "", config.revision))
             for unit in units
         )
-    for index, (origin, rows) in enumerate(opened):
-        if progress is not None:
-            progress(f"reading {source.name}", index, count)
+    start, stop = wanted or (0, count)
+    for index, (origin, rows) in enumerate(itertools.islice(opened, start, stop), start=start):
         share = None if config.limit is None else even_share(index, count, config.limit)
         if share != 0:
             yield origin, itertools.islice(rows, share)

@@ -90,7 +90,7 @@ def matching_files(source: Source, root: Path) -> list[Path]:
         below = file.relative_to(root)
         if any(part.startswith(".") for part in below.parts):
             continue
-        if not _is_archive(below) and _part_of(source, PurePosixPath(root.name, *below.parts)) is (
+        if not is_archive(below) and _part_of(source, PurePosixPath(root.name, *below.parts)) is (
             None
         ):
             continue
@@ -120,7 +120,7 @@ def source_files(source: Source, root: Path) -> Iterator[SourceFile]:
             single file that fits no part of a source with several.
     """
     for path in matching_files(source, root):
-        if _is_archive(path):
+        if is_archive(path):
             number = 0
             for number, file in enumerate(_members(source, path), start=1):  # noqa: B007
                 yield file
@@ -187,7 +187,8 @@ def _part_of(source: Source, path: PurePosixPath) -> Part | None:
     return None
 
 
-def _is_archive(path: Path) -> bool:
+def is_archive(path: Path) -> bool:
+    """Whether a file is read as an archive, by its name."""
     return path.name.endswith(TARS + ZIPS)
 
 
