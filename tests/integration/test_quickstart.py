@@ -3,9 +3,11 @@
 import json
 
 import pytest
+from rich.console import Console
 
-from hrmtext.cli import recipes
+from hrmtext.cli import quickstart, recipes
 from hrmtext.cli.main import main
+from hrmtext.train import estimate
 
 pytest.importorskip("reasoning_gym", reason="the data extra is not installed")
 
@@ -64,7 +66,18 @@ def test_it_trains_evaluates_exports_and_answers_and_repeats_nothing(
     assert (out / "run" / "metrics.jsonl").read_text() == metrics
 
 
-def test_a_slow_machine_takes_fewer_steps_and_is_told_so(small_recipes, tmp_path, capsys):
-    arguments = ["quickstart", "--out", str(tmp_path / "out"), "--device", "cpu"]
-    assert main([*arguments, "--max-minutes", "0.00001"]) == 0
+def test_a_slow_machine_takes_fewer_steps_and_is_told_so(
+    small_recipes, tmp_path, capsys, monkeypatch
+):
+    out = tmp_path / "out"
+    assert main(["quickstart", "--out", str(out), "--device", "cpu", "--max-minutes", "1e-5"]) == 0
     assert "shortened to 100 steps" in " ".join(capsys.readouterr().out.split())
+
+    (tmp_path / "train" / "quickstart.yaml").write_text(f"{TRAIN}max_steps: 4000\n")
+    monkeypatch.setattr(estimate, "measure_speed", lambda *_: 10_000.0)
+    seconds = 4_000 * 1_024 / 10_000  # at full depth; the first fifth is shallower
+    config = quickstart._train_config(Console(), out / "data", tmp_path / "run", "cpu", 3.0)
+    assert 0.9 * 180 / seconds * 4_000 <= config.max_steps <= 1.1 * 0.9 * 180 / seconds * 4_000
+    assert config.max_minutes == 3.0, "the limit holds all the same"
+    config = quickstart._train_config(Console(), out / "data", tmp_path / "run", "cpu", 10.0)
+    assert config.max_steps == 4_000

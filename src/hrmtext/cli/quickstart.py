@@ -117,8 +117,9 @@ def _train_config(
     if RunFolder(run_folder).exists:
         return load(TrainConfig, run_folder / "config.yaml", [limit])
     config = load(TrainConfig, recipe("train/quickstart.yaml"), [limit])
+    whole = load(TrainConfig, recipe("train/quickstart.yaml"))  # its time, not the limit's
     expected = estimate(
-        config, source=FolderSource(data_folder), device=pick_device(device), measure=True
+        whole, source=FolderSource(data_folder), device=pick_device(device), measure=True
     )
     assert expected.seconds and expected.total_steps, "measured, and the data is known"
     console.print(

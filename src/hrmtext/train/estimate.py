@@ -18,7 +18,6 @@ from hrmtext.train.elastic import cycle_choices, num_losses
 from hrmtext.train.lora import count_adapters
 from hrmtext.train.metrics import PEAK_BF16_FLOPS, named_peak_flops, peak_flops
 from hrmtext.train.probe import (
-    PROBE_STEPS,
     TYPICAL_HEAD_SHARE,
     TYPICAL_ROW_TOKENS,
     measure_speed,
@@ -339,7 +338,7 @@ def _measured(
     config: TrainConfig, model: ModelConfig, device: torch.device, num_devices: int
 ) -> tuple[float, str]:
     speed = measure_speed(config, model, device)
-    note = f"measured here over {PROBE_STEPS} steps"
+    note = "measured here over a few steps"
     if num_devices > 1:
         note += f", times {num_devices} devices"
     return speed * num_devices, note

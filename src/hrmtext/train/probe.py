@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 import time
 
 import torch
@@ -20,6 +21,8 @@ from hrmtext.train.schedule import depth_with
 from hrmtext.train.step import TrainStep
 
 PROBE_STEPS = 3
+PROBE_SECONDS = 1.0
+"""Steps that are timed at least, and how long short ones are timed on."""
 TYPICAL_ROW_TOKENS = 135
 """Mean length of a row of the published corpus, assumed where no data is given."""
 TYPICAL_HEAD_SHARE = 0.3
@@ -42,14 +45,14 @@ def measure_speed(config: TrainConfig, model: ModelConfig, device: torch.device)
     step = TrainStep(compute, optimizer, config, device)
     batch = random_batch(config, model)
     depth = depth_with(1, config, model, 1, model.H_cycles)
-    times = []
-    for index in range(PROBE_STEPS + 1):
+    times: list[float] = []
+    while len(times) <= PROBE_STEPS or sum(times[1:]) < PROBE_SECONDS:
         start = time.perf_counter()
-        step.run(batch, depth=depth, lr=0.0, step=index)  # the guard waits for the device
+        step.run(batch, depth=depth, lr=0.0, step=len(times))  # the guard waits for the device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return batch.num_tokens / min(times[1:])
+    return batch.num_tokens / statistics.median(times[1:])
 
 
 def random_batch(config: TrainConfig, model: ModelConfig) -> GlobalBatch:
