@@ -1,12 +1,12 @@
 """Fine-tuning a small model for a family it never saw: all weights against adapters.
 
-The base is trained on two easy reasoning-gym families (or is given: any model folder with the data
-that it was trained on). A third family is learnt by all weights and by LoRA, on its rows alone and
-with the base's rows mixed in. Asked before and after: exact match of greedy answers on held-out
-rows of the new family, and what was forgotten on the base's own. Every result is exported and run
-by plain transformers, whose answers must be the same.
+The base is the quickstart's model, trained by its recipe on all of its families but one (or is
+given: any model folder with the data that it was trained on). The family left out is learnt by all
+weights and by LoRA, on its rows alone and with the base's rows mixed in. Asked before and after:
+exact match of greedy answers on held-out rows of the new family, and what was forgotten on the
+base's own. Every result is exported and run by plain transformers, whose answers must be the same.
 
-    python benchmarks/finetune.py --work FOLDER [--base MODEL --base-data DATA] [--steps 200]
+    python benchmarks/finetune.py --work FOLDER [--base MODEL --base-data DATA] [--steps 300]
 
 Interrupted, the same command goes on; `--only` runs one variant.
 """
@@ -24,7 +24,7 @@ from common import write_result
 import hrmtext
 from hrmtext.api import TextModel
 from hrmtext.artifacts.layout import RunFolder
-from hrmtext.config.base import build
+from hrmtext.config.base import build, read_yaml
 from hrmtext.config.data import DataConfig
 from hrmtext.config.evaluate import EvaluateConfig
 from hrmtext.config.train import TrainConfig
@@ -38,23 +38,17 @@ from hrmtext.train import train
 from hrmtext.train.metrics import read_metrics
 from hrmtext.train.start import load_config
 
-OLD = [
-    {"name": "chain_sum", "size": 12_000, "config": {
-        "min_terms": 2, "max_terms": 2, "min_digits": 1, "max_digits": 2}},
-    {"name": "word_sequence_reversal", "label": "word_reversal", "size": 6_000, "config": {
-        "min_words": 2, "max_words": 3}},
-]  # fmt: skip
-NEW = [{"name": "spell_backward", "size": 6_000, "config": {"min_word_len": 3, "max_word_len": 4}}]
-MIXTURE = [
-    {"prefix": "chain_sum", "max_rows": 3_000},
-    {"prefix": "word_reversal", "max_rows": 1_500},
-]
-TOKENIZER = {"vocab_size": 384, "max_rows_per_stratum": 1_500}
+CONFIGS = Path(__file__).parents[1] / "configs"
+QUICKSTART = read_yaml(CONFIGS / "data" / "quickstart.yaml")
+FAMILIES = QUICKSTART["reasoning_gym"]["families"]
+NEW = [{**f, "size": 12_000} for f in FAMILIES if f["name"] == "spell_backward"]
+OLD = [f for f in FAMILIES if f["name"] != "spell_backward"]
+MIXTURE = [{"prefix": f.get("label", f["name"]), "max_rows": 1_500} for f in OLD]
+TOKENIZER = QUICKSTART["tokenizer"]
 HELD_OUT = 100
 BASE = {
-    "model": {"preset": "micro", "vocab_size": 384}, "epochs": 4, "max_steps": 500,
-    "batch_tokens": 2_048, "lr": 3e-3, "warmup_steps": 40, "lr_min_ratio": 0.1, "ema_decay": 0.98,
-    "validate_every": 250, "validation_rows": 200, "tensorboard": False,
+    **read_yaml(CONFIGS / "train" / "quickstart.yaml"), "max_steps": 1_000, "ema_decay": 0.98,
+    "tensorboard": False,
 }  # fmt: skip
 TUNE = {
     "epochs": 4, "batch_tokens": 1_024, "warmup_steps": 10, "lr_min_ratio": 0.1,
@@ -183,7 +177,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for runs, made if absent")
     parser.add_argument("--base", type=Path, help="model folder, an exported quickstart say")
     parser.add_argument("--base-data", type=Path, help="the data that --base was trained on")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--only", choices=list(VARIANTS))
     options = parser.parse_args()
     work = options.work
