@@ -19,7 +19,7 @@ from hrmtext.model import make_plan
 TINY = [
     "model.preset=null", "model.vocab_size=512", "model.hidden_size=64",
     "model.num_layers_per_stack=1", "model.num_heads=2", "model.head_dim=32",
-    "model.intermediate_size=128", "model.max_seq_len=320", "epochs=40", "max_steps=200",
+    "model.intermediate_size=128", "model.max_seq_len=320", "epochs=40", "max_steps=110",
     "batch_tokens=1024", "warmup_steps=20", "lr=3e-3", "ema_decay=0.9", "precision=fp32",
     "validate_every=0", "validation_rows=40", "seed=3",
 ]  # fmt: skip

@@ -24,6 +24,8 @@ LORA_TARGETS = {
     ],
     "ours": ["gqkv_proj", "o_proj", "gate_up_proj", "down_proj"],
 }  # fmt: skip
+FULL, LORA = (70, 3e-3), (90, 1e-2)
+"""Steps and learning rate: a sixth more steps than are enough."""
 EACH = pytest.mark.parametrize("kind", list(CLASSES))
 
 
@@ -59,7 +61,7 @@ def test_trainer_learns_a_new_task_from_jsonl_and_what_it_saves_loads_everywhere
     before = exact_match(model, tokenizer, held_out)
     trainer = transformers.Trainer(
         model=model,
-        args=transformers.TrainingArguments(**settings(tmp_path / "out", 150, 1e-3)),
+        args=transformers.TrainingArguments(**settings(tmp_path / "out", *FULL)),
         train_dataset=rows,
         data_collator=PrefixLMCollator(tokenizer),
         processing_class=tokenizer,
@@ -129,7 +131,7 @@ def test_a_lora_fine_tune_learns_saves_loads_and_merges(exported, data, tmp_path
     assert trainable < 0.4 * total
     trainer = transformers.Trainer(
         model=model,
-        args=transformers.TrainingArguments(**settings(tmp_path / "out", 200, 3e-3)),
+        args=transformers.TrainingArguments(**settings(tmp_path / "out", *LORA)),
         train_dataset=rows,
         data_collator=PrefixLMCollator(tokenizer),
     )
@@ -165,7 +167,7 @@ def test_trl_sft_trainer_learns_under_the_prefix_mask(exported, data, tmp_path, 
         remove_columns=rows.column_names,
     )
     changes = {"max_length": 64, "remove_unused_columns": True, "gradient_checkpointing": False}
-    steps, rate = (200, 3e-3) if with_lora else (150, 1e-3)
+    steps, rate = LORA if with_lora else FULL
     trainer = trl.SFTTrainer(
         model=model,
         args=trl.SFTConfig(**settings(tmp_path / "out", steps, rate, bf16=False, **changes)),

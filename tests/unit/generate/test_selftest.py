@@ -48,7 +48,7 @@ def short_answers(monkeypatch):
 @pytest.fixture(scope="module")
 def model():
     # Twice the scale of the head: answers of random weights are then less of a toss-up.
-    made = text_model(max_seq_len=128)
+    made = text_model(max_seq_len=128, num_layers_per_stack=1)
     made.model.lm_head.weight.data *= 4
     return ending(made)
 
@@ -103,8 +103,8 @@ def test_transformers_without_token_type_ids_is_causal(copy, model):
         ({"embedding_scale": 1.0}, "embedding scale 1 instead of 5.65685"),
         ({"embedding_scale": None, "initializer_range": 0.02}, "embedding scale 50 instead"),
         ({"rope_parameters": {"rope_type": "default", "rope_theta": 5e5}}, "rope theta 500000"),
-        ({"H_cycles": 1, "num_hidden_layers": 8}, "1 x 3 cycles instead of 2 x 3"),
-        ({"L_cycles": 2, "num_hidden_layers": 12}, "2 x 2 cycles instead of 2 x 3"),
+        ({"H_cycles": 1, "num_hidden_layers": 4}, "1 x 3 cycles instead of 2 x 3"),
+        ({"L_cycles": 2, "num_hidden_layers": 6}, "2 x 2 cycles instead of 2 x 3"),
     ],
 )
 def test_a_wrong_config_is_named(copy, model, changes, mistake):
