@@ -21,6 +21,7 @@ TASKS = {
     "clean": "hrmtext.data.clean_parts",
     "collect": "hrmtext.data.sources.collect",
     "hold out": "hrmtext.data.heldout_choice",
+    "texts": "hrmtext.data.tokenizer_texts",
     "tokenize": "hrmtext.data.tokenize",
 }
 """Task -> the module whose `answer(request)` does it."""

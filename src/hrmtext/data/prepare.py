@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hrmtext.config.base import dump_yaml, to_mapping
-from hrmtext.config.data import DataConfig, LocalSourceConfig, TokenizerConfig, refuse_urls
+from hrmtext.config.data import DataConfig, LocalSourceConfig, refuse_urls
 from hrmtext.data import clean as cleaning
 from hrmtext.data.clean import SourceFile, clean_files, parts_path
 from hrmtext.data.clean_rows import HELD_OUT
@@ -159,7 +159,8 @@ class _Stages:
             self.skipped.append("tokenizer")
         else:
             with atomic_folder(done.tokenizer, replace=True, inputs=inputs) as temporary:
-                _make_tokenizer(config.tokenizer, done.clean, self.progress).save(temporary)
+                self._tokenizer().save(temporary)
+        shutil.rmtree(parts_path(done.tokenizer), ignore_errors=True)
         tokenizer = PromptTokenizer.load(done.tokenizer)
 
         tokenized = tokenize_files(
@@ -195,6 +196,24 @@ class _Stages:
         write_json(done.folder / REPORT_FILE, report)
         report["tokenized"] = tokenized.to_mapping()
         return dataclasses.replace(done, skipped=tuple(self.skipped), report=report)
+
+    def _tokenizer(self) -> PromptTokenizer:
+        """The tokenizer that is asked for, loaded or trained."""
+        config = self.config.tokenizer
+        if config.path is not None:
+            return PromptTokenizer.load(config.path)
+        sample = TextSample(
+            max_rows_per_stratum=config.max_rows_per_stratum,
+            max_rows=config.max_rows,
+            max_chars=config.max_chars_per_text,
+            seed=config.seed,
+        )
+        texts = training_texts(
+            self.done.clean, sample, self.progress,
+            engine=self.engine, part_bytes=self.part_bytes, work=parts_path(self.done.tokenizer),
+        )  # fmt: skip
+        trained = train_tokenizer(texts, config.vocab_size, allow_fewer=config.allow_fewer)
+        return PromptTokenizer(trained)
 
     def _clean(self, inputs: str) -> None:
         """Held-out rows first, then everything else through cleaning; both folders in the end."""
@@ -263,23 +282,6 @@ def _local_files(sources: Iterable[LocalSourceConfig]) -> Iterator[tuple[Any, st
     for source in sources:
         for name, path in find_files(source.path).items():
             yield source, source.prefix + stratum_label(name), path
-
-
-def _make_tokenizer(
-    config: TokenizerConfig, folder: Path, progress: Progress | None
-) -> PromptTokenizer:
-    if config.path is not None:
-        return PromptTokenizer.load(config.path)
-    sample = TextSample(
-        max_rows_per_stratum=config.max_rows_per_stratum,
-        max_rows=config.max_rows,
-        max_chars=config.max_chars_per_text,
-        seed=config.seed,
-    )
-    texts = training_texts(folder, sample, progress)
-    return PromptTokenizer(
-        train_tokenizer(texts, config.vocab_size, allow_fewer=config.allow_fewer)
-    )
 
 
 def _source_fingerprint(config: DataConfig) -> str:

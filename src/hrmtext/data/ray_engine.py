@@ -83,7 +83,13 @@ class RayEngine:
                 for node in nodes
             ]
             for node, answer in zip(nodes, answers, strict=True):
-                problem = self._get(answer, "looking for the folders")
+                try:
+                    problem = self._get(answer, "looking for the folders")
+                except WorkerDied:
+                    alive = {other["NodeID"] for other in ray.nodes() if other["Alive"]}
+                    if node["NodeID"] in alive:
+                        raise
+                    continue  # lost meanwhile; the others do its tasks
                 if problem is not None:
                     raise DataError(f"node {node['NodeManagerAddress']} of Ray's cluster {problem}")
 

@@ -33,7 +33,7 @@ from hrmtext.cli.main import main
 from hrmtext.data import prepare
 prepare.prepare.__kwdefaults__["part_bytes"] = int(sys.argv[1])
 if __name__ == "__main__":
-    sys.exit(main(["data", "prepare", *sys.argv[2:], "--engine", "ray", "--num-workers", "2"]))
+    sys.exit(main(["data", "prepare", *sys.argv[2:], "--engine", "ray"]))
 """
 
 
@@ -112,20 +112,30 @@ def ray_tasks(driver: psutil.Process) -> list[psutil.Process]:
     return found
 
 
-def test_a_ray_cluster_gives_the_same_bytes_though_a_worker_is_killed(config, whole, tmp_path):
-    (tmp_path / "recipe.yaml").write_text(dump_yaml(config))
-    (tmp_path / "on_ray.py").write_text(ON_RAY)
-    out = tmp_path / "out"
+def start_on_ray(folder, config, *options):
+    """A run on Ray in a process of its own, and the folder that it writes."""
+    (folder / "recipe.yaml").write_text(dump_yaml(config))
+    (folder / "on_ray.py").write_text(ON_RAY)
+    out = folder / "out"
     process = subprocess.Popen(
-        [sys.executable, "on_ray.py", str(PART_BYTES), "recipe.yaml", str(out)],
-        env={**os.environ, "PYTHONPATH": str(SOURCE), "RAY_DEDUP_LOGS": "0"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=tmp_path,
+        [sys.executable, "on_ray.py", str(PART_BYTES), "recipe.yaml", str(out), *options],
+        env={**os.environ, "PYTHONPATH": str(SOURCE), "RAY_USAGE_STATS_ENABLED": "0"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=folder,
     )  # fmt: skip
+    return process, out
+
+
+def parts_done(out):
+    return list(out.glob(".clean.parts/*/*/COMPLETE.json"))
+
+
+def test_a_ray_cluster_gives_the_same_bytes_though_a_worker_is_killed(config, whole, tmp_path):
+    process, out = start_on_ray(tmp_path, config, "--num-workers", "2")
     killed = []
     driver = psutil.Process(process.pid)
     while process.poll() is None and not killed:
         # Parts are there and not joined: some are done, others are being cleaned.
-        if list(out.glob(".clean.parts/*/*/COMPLETE.json")):
+        if parts_done(out):
             for worker in ray_tasks(driver)[:1]:
                 worker.kill()
                 killed.append(worker.pid)
@@ -133,6 +143,42 @@ def test_a_ray_cluster_gives_the_same_bytes_though_a_worker_is_killed(config, wh
     said, _ = process.communicate(timeout=240)
     assert process.returncode == 0, said
     assert killed, "no worker was caught at work"
+    assert snapshot(out) == whole
+
+
+@pytest.mark.skipif(
+    int(os.environ.get("HRMTEXT_KILLS", "1")) < 2,
+    reason="a second cluster takes half a minute; set HRMTEXT_KILLS",
+)
+def test_a_running_cluster_that_loses_one_of_its_two_nodes_gives_the_same_bytes(
+    config, whole, tmp_path
+):
+    code = """
+import sys
+from ray.cluster_utils import Cluster
+cluster = Cluster(True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+nodes = [cluster.add_node(num_cpus=1) for _ in range(2)]
+print(cluster.address, flush=True)
+sys.stdin.readline()
+cluster.remove_node(nodes[0], allow_graceful=False)
+sys.stdin.readline()
+cluster.shutdown()
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+        stderr=subprocess.DEVNULL, env={**os.environ, "PYTHONPATH": str(SOURCE)},
+    ) as cluster:  # fmt: skip
+        assert cluster.stdout is not None and cluster.stdin is not None
+        address = cluster.stdout.readline().strip()
+        process, out = start_on_ray(tmp_path, config, "--address", address)
+        while process.poll() is None and len(parts_done(out)) < 2:
+            time.sleep(0.005)
+        running = process.poll() is None
+        cluster.stdin.write("lose one\n")
+        cluster.stdin.flush()
+        said, _ = process.communicate(timeout=240)
+        cluster.communicate("end\n")
+    assert running and process.returncode == 0, said
     assert snapshot(out) == whole
 
 

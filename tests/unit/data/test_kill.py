@@ -29,7 +29,7 @@ STAGES = {
     "held-out rows": "choose_held_out",
     "cleaning": "clean_files",
     "comparing": "count_shared_prompts",
-    "tokenizer": "_make_tokenizer",
+    "tokenizer": "training_texts",
     "tokenising": "tokenize_files",
     "sampling": "sample",
     "report": None,

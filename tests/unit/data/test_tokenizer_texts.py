@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from hrmtext.data import tokenizer_texts
+from hrmtext.data.example import Example
 from hrmtext.data.tokenizer import train_tokenizer
-from hrmtext.data.tokenizer_texts import TextSample, training_texts
+from hrmtext.data.tokenizer_texts import TextSample, row_keys, training_texts
 
 
 def write(folder, files):
@@ -61,6 +62,21 @@ def test_equal_rows_count_as_often_as_they_are_drawn(tmp_path):
     for count in (1, 30, 60, 103):
         assert len(sampled(folder, max_rows=count)) == count
     assert len(sampled(folder, max_rows_per_stratum=7)) == 7 + 7 + 5
+
+
+def test_the_sample_is_that_of_all_rows_sorted_by_their_keys(tmp_path):
+    folder = write(tmp_path / "a", {"a": TEXTS[:700], "b": TEXTS[400:]})
+    rows = {name: [Example("direct", t, "r" + t) for t in texts]
+            for name, texts in (("a", TEXTS[:700]), ("b", TEXTS[400:]))}  # fmt: skip
+    expected = []
+    for texts in rows.values():
+        keys = row_keys(texts, 9)
+        expected += sorted(zip(keys.tolist(), texts, strict=True))[:90]
+    expected = sorted(row.instruction for _, row in sorted(expected)[:120])
+    settings = {"max_rows_per_stratum": 90, "max_rows": 120, "seed": 9}
+    assert sorted(sampled(folder, **settings)) == expected
+    parts = training_texts(folder, TextSample(max_chars=100, **settings), part_bytes=3_000)
+    assert sorted(list(parts)[0::2]) == expected
 
 
 def test_the_tokenizer_is_the_same_for_rows_in_another_order(tmp_path):
