@@ -77,7 +77,8 @@ def test_a_slow_machine_takes_fewer_steps_and_is_told_so(
     monkeypatch.setattr(estimate, "measure_speed", lambda *_: 10_000.0)
     seconds = 4_000 * 1_024 / 10_000  # at full depth; the first fifth is shallower
     config = quickstart._train_config(Console(), out / "data", tmp_path / "run", "cpu", 3.0)
-    assert 0.9 * 180 / seconds * 4_000 <= config.max_steps <= 1.1 * 0.9 * 180 / seconds * 4_000
+    fitting = quickstart.SAFE_SHARE * 180 / seconds * 4_000
+    assert fitting <= config.max_steps <= 1.1 * fitting
     assert config.max_minutes == 3.0, "the limit holds all the same"
     config = quickstart._train_config(Console(), out / "data", tmp_path / "run", "cpu", 10.0)
     assert config.max_steps == 4_000

@@ -14,6 +14,10 @@ if TYPE_CHECKING:
     from hrmtext.generate.runner import TextModel
 
 
+SAFE_SHARE = 0.8
+"""Share of the time limit that is planned for: a machine slows down when others use it too."""
+
+
 def quickstart(
     *,
     out: Path = Path("runs/quickstart"),
@@ -126,7 +130,7 @@ def _train_config(
         f"{expected.stored_parameters:,} parameters in {expected.precision}; this machine needs "
         f"about {expected.seconds / 60:.1f} minutes for all {expected.total_steps:,} steps"
     )
-    share = 0.9 * max_minutes * 60 / expected.seconds
+    share = SAFE_SHARE * max_minutes * 60 / expected.seconds
     if share >= 1:
         return config
     steps = max(100, int(share * expected.total_steps))
