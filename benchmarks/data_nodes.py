@@ -212,7 +212,7 @@ def main() -> None:
         for stage in stages(rates)
     ]
     total = {f"{n}_nodes_h": round(sum(row[f"{n}_nodes_h"] for row in table), 2) for n in NODES}
-    print("| stage | measured rate | divided | " + " | ".join(f"{n} nodes" for n in NODES) + " |")
+    print("| stage | measured rate | divided | " + " | ".join(f"nodes: {n}" for n in NODES) + " |")
     print("|---|---|---|" + "---:|" * len(NODES))
     for row in table:
         unit = row["unit"].removesuffix("_per_s").rpartition("_")[2]
