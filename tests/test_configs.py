@@ -1,6 +1,7 @@
 """Every recipe under configs/ parses, resolves, and builds its model without memory."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -10,10 +11,11 @@ from hrmtext.config.ablate import AblationConfig
 from hrmtext.config.base import build, load, read_yaml, to_mapping
 from hrmtext.config.data import DataConfig
 from hrmtext.config.model import ARCHITECTURES, PRESETS, ModelConfig, preset
-from hrmtext.config.train import TrainConfig
+from hrmtext.config.train import AttentionName, TrainConfig
 from hrmtext.data.sources.recipe.catalog import RECIPE
 from hrmtext.errors import ConfigError
 from hrmtext.model import empty_model
+from hrmtext.model.attention.api import BACKENDS
 from hrmtext.model.flops import count_parameters
 from hrmtext.train.estimate import Fleet, estimate
 from hrmtext.train.start import load_config
@@ -166,12 +168,23 @@ def test_an_unknown_preset_names_the_nearest():
         ("model=3", "model"),
         ("betas=[0.9", r"'\[0.9' is no value"),
         ("bin_tokens=300", "expected a multiple of bin_tokens=300"),
+        ("attention=spda", "attention: Input should be 'auto', 'reference', 'sdpa'"),
+        ("optimizer_kernel=fast", "optimizer_kernel: Input should be 'auto', 'foreach'"),
+        ("loss=chunk", "loss: Input should be 'auto', 'chunked'"),
+        ("parallel=dp", "parallel: Input should be 'auto', 'none', 'ddp'"),
+        ("compile=perhaps", "compile"),
+        ("trackers=[wandbb]", "trackers.0: Input should be 'wandb'"),
+        ("model.architecture=hrn", "model.architecture: unknown 'hrn'; perhaps you meant 'hrm'"),
         ("elastic.H_cycle=[1]", "unknown key 'elastic.H_cycle'; perhaps you meant 'H_cycles'"),
     ],
 )
 def test_a_wrong_override_says_what_is_wrong(override, message):
     with pytest.raises(ConfigError, match=message):
         load(TrainConfig, CONFIGS / "train" / "cpu_smoke.yaml", [override])
+
+
+def test_a_recipe_names_the_attention_backends_that_there_are():
+    assert {*get_args(AttentionName)} == {"auto", *BACKENDS}
 
 
 def test_an_override_reaches_a_nested_key_and_is_parsed_as_yaml():

@@ -16,6 +16,11 @@ from hrmtext.config.model import ARCHITECTURES, PRESETS, ModelConfig
 from hrmtext.config.stability import StabilityLimits
 from hrmtext.errors import ConfigError
 
+AttentionName = Literal[
+    "auto", "reference", "sdpa", "flex", "flash", "flash_torch", "flash_attn", "flash_reference"
+]
+"""Names of attention backends; a test holds them equal to those that there are."""
+
 HARMLESS_KEYS = frozenset({
     "max_minutes", "attention", "compile", "loss", "loss_chunk_bytes", "optimizer_kernel",
     "activation_checkpointing",
@@ -175,8 +180,9 @@ class TrainConfig:
     (model.prefix_lm: false). Validation is on responses either way."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Number format of forward and backward; master weights, sums and EMA are always fp32."""
-    attention: str = "auto"
-    """Attention backend by name."""
+    attention: AttentionName = "auto"
+    """Attention backend by name; `model/attention/api.py` says what each is. auto: the fastest
+    that runs here."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the blocks of the model; auto: on CUDA with `pad_bins`."""
     loss: Literal["auto", "chunked", "compiled", "linear"] = "auto"
