@@ -70,15 +70,13 @@ def prepared(
     tokenizer: dict[str, Any],
     rules: list[dict[str, Any]] | None = None,
 ) -> Path:
-    """A data folder of some families, made once."""
-    if not folder.exists():
-        values = {
-            "reasoning_gym": {"seed": 0, "eval_size": HELD_OUT, "families": families},
-            "tokenizer": tokenizer,
-            "sampling": {"epochs": 4, "max_seq_len": 128, "rules": rules or []},
-        }
-        prepare(build(DataConfig, values, where="benchmark"), folder)
-    return folder
+    """A data folder of some families; what is up to date in it is not made again."""
+    values = {
+        "reasoning_gym": {"seed": 0, "eval_size": HELD_OUT, "families": families},
+        "tokenizer": tokenizer,
+        "sampling": {"epochs": 4, "max_seq_len": 128, "rules": rules or []},
+    }
+    return prepare(build(DataConfig, values, where="benchmark"), folder).folder
 
 
 def answers(model: TextModel, data: Path) -> dict[str, float]:

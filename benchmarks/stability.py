@@ -5,10 +5,11 @@ A small model learns reasoning-gym families from the quickstart's recipe. Faults
 and a learning rate ten times too high for twenty steps. The undisturbed run is watched as well:
 there the guard must do nothing. Compared is the validation loss of the averaged weights at the end.
 
-    python benchmarks/stability.py [--steps 240] [--batch-tokens 1024] [--alone]
+    python benchmarks/stability.py [--steps 240] [--batch-tokens 1024] [--seed 0 1 2] [--alone]
         [--work FOLDER]
 
-With --work, a run that was interrupted goes on when the same command is given again.
+A seed decides the initial weights and the data order; the data are the same for all. With --work, a
+run that was interrupted goes on when the same command is given again.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--batch-tokens", type=int, default=1024)
+    parser.add_argument("--seed", type=int, nargs="+", default=[0], help="several: all, in turn")
     parser.add_argument("--alone", action="store_true", help="each fault by itself as well")
     parser.add_argument("--work", type=Path, default=None, help="keep data and runs here")
     arguments = parser.parse_args()
@@ -105,29 +107,47 @@ def main() -> None:
             family |= {"size": 2000, "eval_size": 40}
         prepare(build(DataConfig, values, where="quickstart, few rows"), data)
         source = FolderSource(data)
-        runs: dict[str, dict[str, Any]] = {}
+        runs: dict[str, dict[str, dict[str, Any]]] = {}
         plans: list[tuple[str, ...]] = [(), FAULTS]
         if arguments.alone:
             plans += [(fault,) for fault in FAULTS]
-        for faults in plans:
-            for mode in ("guard", "off"):
-                if not faults and mode == "off":
-                    continue  # equal bit for bit: tests/unit/train/test_stability.py
-                name = f"{' + '.join(faults) or 'undisturbed'}, {mode}"
-                runs[name] = one_run(source, work / "runs" / name, faults, mode, arguments)
-                print(name, runs[name], flush=True)
-    calm = runs["undisturbed, guard"]["validation_loss"]
-    for run in runs.values():
-        run["against_undisturbed"] = round(run["validation_loss"] / calm - 1, 4)
+        for seed in arguments.seed:
+            found = runs[f"seed {seed}"] = {}
+            for faults in plans:
+                for mode in ("guard", "off"):
+                    if not faults and mode == "off":
+                        continue  # equal bit for bit: tests/unit/train/test_stability.py
+                    name = f"{' + '.join(faults) or 'undisturbed'}, {mode}"
+                    place = work / "runs" / f"seed {seed}" / name
+                    found[name] = one_run(source, place, faults, mode, seed, arguments)
+                    print(f"seed {seed}", name, found[name], flush=True)
+            calm = found["undisturbed, guard"]["validation_loss"]
+            for run in found.values():
+                run["against_undisturbed"] = round(run["validation_loss"] / calm - 1, 4)
+    against = {
+        name: [found[name]["against_undisturbed"] for found in runs.values()]
+        for name in next(iter(runs.values()))
+        if not name.startswith("undisturbed")
+    }
     write_result(
         "stability",
         torch.device("cpu"),
-        {"steps": arguments.steps, "batch_tokens": arguments.batch_tokens, "runs": runs},
+        {
+            "steps": arguments.steps,
+            "batch_tokens": arguments.batch_tokens,
+            "against_undisturbed_by_seed": against,
+            "runs": runs,
+        },
     )
 
 
 def one_run(
-    source: FolderSource, folder: Path, faults: tuple[str, ...], mode: str, arguments: Any
+    source: FolderSource,
+    folder: Path,
+    faults: tuple[str, ...],
+    mode: str,
+    seed: int,
+    arguments: Any,
 ) -> dict[str, Any]:
     """Train once; final losses, and the guard's actions by kind and step."""
     steps = arguments.steps
@@ -135,7 +155,7 @@ def one_run(
         f"max_steps={steps}", f"batch_tokens={arguments.batch_tokens}", "warmup_steps=20",
         "ema_decay=0.97", "precision=fp32", f"checkpoint_every={steps}", "validate_every=0",
         "validation_rows=200", "tensorboard=false", f"stability={mode}",
-        "telemetry_every=10",
+        "telemetry_every=10", f"seed={seed}",
     ]  # fmt: skip
     config = load(TrainConfig, recipe("train/quickstart.yaml"), overrides)
     with faulty(faults, steps) as at:

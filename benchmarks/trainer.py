@@ -42,7 +42,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "quickstart": {"preset": "micro", "vocab_size": 512, "batch_tokens": 1024,
                    "trial_steps": 20, "steps": 60, "warmup_steps": 8},
     "B": {"preset": "B", "num_layers_per_stack": 1, "max_seq_len": 256, "batch_tokens": 512,
-          "trial_steps": 3, "steps": 4, "warmup_steps": 1},
+          "trial_steps": 5, "steps": 14, "warmup_steps": 2},
     "test": {"preset": "test", "max_seq_len": 256, "batch_tokens": 512,
              "trial_steps": 3, "steps": 4, "warmup_steps": 1},
 }  # fmt: skip
