@@ -1,8 +1,6 @@
 """Checkpoints of the public training code: read as torch writes them, written as it reads them."""
 
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -10,8 +8,9 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from convert_helpers import save_native, small_tokenizer, tiny
+from processes import ended, said, start_ranks
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
-from upstream_helpers import Averaging, Head, write_configs, write_run
+from upstream_helpers import Averaging, Head, save_shards, write_configs, write_run
 
 import hrmtext
 from hrmtext.artifacts.dcp import DcpFolder
@@ -83,13 +82,8 @@ def test_without_averages_the_weights_are_taken_and_asking_for_them_fails(tmp_pa
 def test_shards_of_several_ranks_are_put_together(tmp_path):
     root = tmp_path / "run"
     write_configs(root)
-    script = Path(__file__).parent / "upstream_helpers.py"
-    command = [sys.executable, str(script)]
-    processes = [
-        subprocess.Popen([*command, str(rank), "2", str(tmp_path / "meet"), str(root)])
-        for rank in range(2)
-    ]
-    assert [process.wait(timeout=120) for process in processes] == [0, 0]
+    ranks = start_ranks(2, save_shards, root, log=tmp_path / "log")
+    assert ended(ranks) == [0, 0], said(tmp_path / "log")
     assert len(list((root / "fsdp2_epoch_2").glob("*.distcp"))) == 2
     source = open_source(root, "raw")
     state = Head(seed=3).state_dict()

@@ -5,7 +5,6 @@ Run as a script by the distributed test: rank, world size, rendezvous file, fold
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import torch
@@ -171,15 +170,13 @@ def write_run(root: Path, *, by_number: bool = False, ema: float | None = 0.5, e
     return model, optimizer
 
 
-def distributed_main(rank: int, world_size: int, rendezvous: str, root: Path) -> None:
+def save_shards(root: Path) -> None:
     """Shard as the public code does (FSDP2) and save from every rank."""
     import torch.distributed as dist
     from torch.distributed.fsdp import fully_shard
 
-    dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world_size
-    )
-    mesh = torch.distributed.init_device_mesh("cpu", (world_size,))
+    dist.init_process_group("gloo")
+    mesh = torch.distributed.init_device_mesh("cpu", (dist.get_world_size(),))
     model = Head(seed=3)
     for module in model.modules():
         if isinstance(module, Layer):
@@ -191,9 +188,5 @@ def distributed_main(rank: int, world_size: int, rendezvous: str, root: Path) ->
     optimizer.step()
     state = {"model": model.state_dict(), "optim": get_optimizer_state_dict(model, optimizer)}
     dcp.save(state, checkpoint_id=root / "fsdp2_epoch_2")
-    torch.save(None, root / f"carry_epoch_2.{rank}.pt")
+    torch.save(None, root / f"carry_epoch_2.{dist.get_rank()}.pt")
     dist.destroy_process_group()
-
-
-if __name__ == "__main__":
-    distributed_main(int(sys.argv[1]), int(sys.argv[2]), sys.argv[3], Path(sys.argv[4]))
