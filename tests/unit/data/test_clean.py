@@ -5,9 +5,11 @@ from __future__ import annotations
 import random
 
 import pytest
+from snapshots import snapshot
 
 from hrmtext.config import build
 from hrmtext.config.data import CleaningConfig
+from hrmtext.data import clean_parts
 from hrmtext.data.clean import SourceStratum, clean
 from hrmtext.data.clean_rows import tidy
 from hrmtext.data.example import Example, Turn
@@ -121,6 +123,21 @@ def test_near_duplicates_are_dropped_alike_in_every_order_of_rows_and_files(tmp_
         assert not list(out.glob(".*")), "no file is left over"
         results.append(sorted(rows_of(out)))
     assert results[0] == results[1] == results[2]
+
+
+def test_duplicates_are_the_same_in_as_many_passes_as_memory_demands(tmp_path, monkeypatch):
+    rows = [ROW._replace(instruction=f"{i % 700}") for i in range(1_000)]
+    strata = [SourceStratum(name=name, batches=[rows]) for name in "ab"]
+    one = clean(strata, tmp_path / "one", config(drop_duplicates=True))
+    assert (one.kept, one.dropped) == (700, {"exact duplicate": 1_300})
+    tables = []
+    real = clean_parts.SeenRows
+    monkeypatch.setattr(clean_parts, "SeenRows", lambda: tables.append(real()) or tables[-1])
+    monkeypatch.setattr(clean_parts, "BYTES_PER_SEEN_ROW", 3_000_000)  # of a GiB for all rows
+    many = clean(strata, tmp_path / "many", config(drop_duplicates=True))
+    assert many.to_mapping() == one.to_mapping()
+    assert snapshot(tmp_path / "many") == snapshot(tmp_path / "one")
+    assert len(tables) == 6 and max(map(len, tables)) < 200
 
 
 def test_a_file_without_rows_left_goes_and_all_gone_is_an_error(tmp_path):

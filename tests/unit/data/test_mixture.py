@@ -203,7 +203,7 @@ def rows_of(folder, epoch, number=None):
     )
 
 
-def test_a_budget_takes_the_same_rows_from_one_file_or_two_hundred(tmp_path):
+def test_a_budget_takes_the_same_rows_from_one_file_or_a_thousand(tmp_path):
     rows = random_rows(6000)
     rows += rows[:500] + rows[:1] * 50  # equal rows too
     other = random_rows(300, seed=1)
@@ -221,15 +221,15 @@ def test_a_budget_takes_the_same_rows_from_one_file_or_two_hundred(tmp_path):
     (tmp_path / "one" / "x" / "tokenizer_info.json").unlink()
     (tmp_path / "one" / "x").rmdir()
     many = write_strata(
-        tmp_path / "many", rows, [f"big__{i:03}" for i in range(200)], np.random.default_rng(3)
+        tmp_path / "many", rows, [f"big__{i:03}" for i in range(993)], np.random.default_rng(3)
     )
     write_strata(tmp_path / "m", other, [f"small__{i}" for i in range(7)])
     for folder in (tmp_path / "m").glob("small*"):
         folder.rename(many / folder.name)
 
     single = sample(one, tmp_path / "s1", config)
-    spread = sample(many, tmp_path / "s200", config)
-    names = SampledData.open(tmp_path / "s200").strata()
+    spread = sample(many, tmp_path / "s1000", config)
+    names = SampledData.open(tmp_path / "s1000").strata()
     for prefix, share in (("big", 0.75), ("small", 0.25)):
         a, b = single.sources[prefix], spread.sources[prefix]
         assert a == b and a.planned_tokens == round(tokens * share)
@@ -240,7 +240,7 @@ def test_a_budget_takes_the_same_rows_from_one_file_or_two_hundred(tmp_path):
         which = [i for i, name in enumerate(names) if name.startswith(prefix)]
         for epoch in range(3):
             here = rows_of(tmp_path / "s1", epoch, ["big", "small"].index(prefix))
-            assert here == rows_of(tmp_path / "s200", epoch, which)
+            assert here == rows_of(tmp_path / "s1000", epoch, which)
     # 75 % of all its tokens an epoch: the second epoch first takes the quarter that is left.
     first = rows_of(tmp_path / "s1", 0, 0)
     second = rows_of(tmp_path / "s1", 1, 0)
