@@ -70,7 +70,7 @@ def main() -> None:
     """Compare, and write the result."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--evals-wheel", type=Path)
-    parser.add_argument("--bytes-per-set", type=int, default=100_000)
+    parser.add_argument("--bytes-per-set", type=int, default=300_000)
     parser.add_argument("--vocab-size", type=int, default=32_768)
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
