@@ -114,6 +114,12 @@ class LocalEngine:
     def require(self, *, written: Sequence[Path], read: Sequence[Path]) -> None:
         """Nothing to be checked: all is on this machine."""
 
+    def workers_for(self, num_bytes: int) -> int:
+        """Processes that read about `num_bytes`; 1: this one."""
+        if self.num_workers is not None:
+            return self.num_workers
+        return (os.cpu_count() or 1) if num_bytes >= MIN_BYTES_FOR_WORKERS else 1
+
     def ask(
         self,
         requests: Sequence[Request],
@@ -122,10 +128,7 @@ class LocalEngine:
         num_bytes: int,
     ) -> list[Any]:
         """As `Engine.ask`."""
-        num_workers = self.num_workers
-        if num_workers is None:
-            many = num_bytes >= MIN_BYTES_FOR_WORKERS
-            num_workers = (os.cpu_count() or 1) if many else 1
+        num_workers = self.workers_for(num_bytes)
         if num_workers > 1 and len(requests) > 1:
             if self._pool is None:
                 self._pool = WorkerPool(WORKER, num_workers)

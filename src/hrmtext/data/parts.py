@@ -14,6 +14,8 @@ from hrmtext.errors import BackendError, DataError
 
 PART_BYTES = 32 << 20
 """About how much of a file one part holds; Parquet counts it uncompressed."""
+MIN_PART_BYTES = 2 << 20
+"""Below this, a part costs more than it saves."""
 MAX_LINE_BYTES = 16 << 20
 """A longer line is no row."""
 SKIP_BYTES = 1 << 20
@@ -24,6 +26,12 @@ class Part(NamedTuple):
 
     start: int
     stop: int
+
+
+def part_bytes_for(num_bytes: int, num_workers: int) -> int:
+    """About how much a part should hold so that `num_workers` share `num_bytes` evenly."""
+    share = -(-num_bytes // (2 * num_workers))  # two each: the faster one takes over
+    return min(PART_BYTES, max(MIN_PART_BYTES, share))
 
 
 def plan_parts(path: Path, part_bytes: int = PART_BYTES) -> list[Part]:

@@ -101,14 +101,15 @@ def prepare(
     progress: Progress | None = None,
     *,
     engine: Engine | None = None,
-    part_bytes: int = PART_BYTES,
+    part_bytes: int | None = None,
 ) -> PreparedData:
     """Run every stage that is not up to date; an interrupted run goes on where it stopped.
 
     Args:
         progress: called with (what is done, done so far, total) of the running stage.
         engine: where the tasks of cleaning and tokenising run; None: processes of this machine.
-        part_bytes: about how much of a file is one task; the result is the same.
+        part_bytes: about how much of a file is one task; None: 32 MiB, in tokenising less where
+            processes would have nothing to do. The result is the same.
 
     Raises:
         DataError: bad input, or a training prompt that is held out (checked at the end).
@@ -132,10 +133,11 @@ class _Stages:
         config: DataConfig,
         out: Path,
         engine: Engine,
-        part_bytes: int,
+        part_bytes: int | None,
         progress: Progress | None,
     ) -> None:
-        self.config, self.engine, self.part_bytes = config, engine, part_bytes
+        self.config, self.engine = config, engine
+        self.part_bytes, self.tokenize_part_bytes = part_bytes or PART_BYTES, part_bytes
         self.progress = progress
         self.done = PreparedData(folder=out, skipped=(), report={})
         self.work = out / ".sources.parts"
@@ -165,7 +167,7 @@ class _Stages:
 
         tokenized = tokenize_files(
             done.clean, done.tokenized, tokenizer,
-            engine=self.engine, part_bytes=self.part_bytes, progress=self.progress,
+            engine=self.engine, part_bytes=self.tokenize_part_bytes, progress=self.progress,
         )  # fmt: skip
         held_out_files = {path.name: path for path in sorted(done.heldout.glob("*.jsonl"))}
         if held_out_files:

@@ -26,7 +26,7 @@ from hrmtext.data.format import (
     read_json,
     tokenizer_info,
 )
-from hrmtext.data.parts import PART_BYTES, Part, plan_parts
+from hrmtext.data.parts import PART_BYTES, Part, part_bytes_for, plan_parts
 from hrmtext.data.sources.local import RowProblems, find_files
 from hrmtext.data.stratum import StratumWriter
 from hrmtext.data.tokenizer import TOKENIZER_FILE, PromptTokenizer
@@ -73,7 +73,7 @@ def tokenize_files(
     *,
     num_workers: int | None = None,
     engine: Engine | None = None,
-    part_bytes: int = PART_BYTES,
+    part_bytes: int | None = None,
     progress: Progress | None = None,
 ) -> TokenizeReport:
     """Tokenise every file into `out/<stratum>/`, leaving out those that are up to date.
@@ -87,7 +87,8 @@ def tokenize_files(
         num_workers: processes of this machine; None: one a core where there is enough to do. The
             result is the same. One process uses all cores too, but reads and writes on one.
         engine: where tasks run, in place of `num_workers` processes.
-        part_bytes: about how much of a file is one part; the result is the same.
+        part_bytes: about how much of a file is one part; None: 32 MiB, or less where processes of
+            this machine would have nothing to do. The result is the same.
 
     Raises:
         DataError: no source, or a source that cannot be read. StorageError: the disk is full, or
@@ -103,12 +104,15 @@ def tokenize_files(
         todo = [name for name in files if not _is_current(out / name, files[name], tokenizer)]
         # The largest first, so that the last to finish are small.
         todo.sort(key=lambda name: (-files[name].stat().st_size, name))
-        run = _Run(out, {name: files[name] for name in todo}, part_bytes, progress)
-        if engine is not None:
-            run.work(engine)
-        else:
-            with LocalEngine(num_workers) as local:
-                run.work(local)
+        with contextlib.ExitStack() as stack:
+            if engine is None:
+                engine = stack.enter_context(LocalEngine(num_workers))
+            if part_bytes is None:
+                part_bytes = PART_BYTES
+                if isinstance(engine, LocalEngine):
+                    num_bytes = sum(files[name].stat().st_size for name in todo)
+                    part_bytes = part_bytes_for(num_bytes, engine.workers_for(num_bytes))
+            _Run(out, {name: files[name] for name in todo}, part_bytes, progress).work(engine)
         shutil.rmtree(out / PARTS_FOLDER, ignore_errors=True)
         markers = {name: require_complete(out / name) for name in sorted(files)}
         report = TokenizeReport(
