@@ -61,8 +61,6 @@ def time_left(seconds: float, done: int, total: int) -> str:
     left = round(seconds * (total - done) / done)
     if left < 60:
         return f", {left} s left"
-    return (
-        f", {left // 3600} h {left % 3600 // 60} min left"
-        if left >= 3600
-        else (f", {left // 60} min left")
-    )
+    if left < 3600:
+        return f", {left // 60} min left"
+    return f", {left // 3600} h {left % 3600 // 60} min left"

@@ -11,10 +11,10 @@ import importlib
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Protocol, Self
 
 from hrmtext.config.engine import EngineConfig
+from hrmtext.data.parts import part_bytes_for
 from hrmtext.data.workers import WorkerPool
 
 TASKS = {
@@ -38,12 +38,7 @@ class Engine(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *exception: object) -> None: ...
 
     def require(self, *, written: Sequence[Path], read: Sequence[Path]) -> None:
         """Make sure that every worker runs this version and sees what tasks write and read.
@@ -55,6 +50,10 @@ class Engine(Protocol):
         Raises:
             DataError: one does not; the message names it.
         """
+        ...
+
+    def part_bytes(self, num_bytes: int) -> int:
+        """About how much of a file one task should read, of `num_bytes` in all."""
         ...
 
     def ask(
@@ -102,20 +101,18 @@ class LocalEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._pool is not None:
-            self._pool.__exit__(kind, error, trace)
+            self._pool.__exit__(*exception)
 
     def require(self, *, written: Sequence[Path], read: Sequence[Path]) -> None:
         """Nothing to be checked: all is on this machine."""
 
-    def workers_for(self, num_bytes: int) -> int:
-        """Processes that read about `num_bytes`; 1: this one."""
+    def part_bytes(self, num_bytes: int) -> int:
+        """So much that every process has two parts; at most 32 MiB."""
+        return part_bytes_for(num_bytes, self._workers_for(num_bytes))
+
+    def _workers_for(self, num_bytes: int) -> int:
         if self.num_workers is not None:
             return self.num_workers
         return (os.cpu_count() or 1) if num_bytes >= MIN_BYTES_FOR_WORKERS else 1
@@ -128,7 +125,7 @@ class LocalEngine:
         num_bytes: int,
     ) -> list[Any]:
         """As `Engine.ask`."""
-        num_workers = self.workers_for(num_bytes)
+        num_workers = self._workers_for(num_bytes)
         if num_workers > 1 and len(requests) > 1:
             if self._pool is None:
                 self._pool = WorkerPool(WORKER, num_workers)

@@ -13,11 +13,11 @@ import os
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Self
 
 from hrmtext import __version__
 from hrmtext.data.engine import OnAnswer, Request, run_task
+from hrmtext.data.parts import PART_BYTES
 from hrmtext.data.workers import WorkerDied, reply_to, unpack
 from hrmtext.errors import BackendError, DataError
 from hrmtext.runtime.log import logger
@@ -54,12 +54,7 @@ class RayEngine:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._ray is not None:
             self._ray.shutdown()
             self._ray = None
@@ -92,6 +87,10 @@ class RayEngine:
                     continue  # lost meanwhile; the others do its tasks
                 if problem is not None:
                     raise DataError(f"node {node['NodeManagerAddress']} of Ray's cluster {problem}")
+
+    def part_bytes(self, num_bytes: int) -> int:
+        """32 MiB, whatever there is to read: a cluster may grow."""
+        return PART_BYTES
 
     def ask(
         self,

@@ -26,7 +26,7 @@ from hrmtext.data.format import (
     read_json,
     tokenizer_info,
 )
-from hrmtext.data.parts import PART_BYTES, Part, part_bytes_for, plan_parts
+from hrmtext.data.parts import Part, plan_parts
 from hrmtext.data.sources.local import RowProblems, find_files
 from hrmtext.data.stratum import StratumWriter
 from hrmtext.data.tokenizer import TOKENIZER_FILE, PromptTokenizer
@@ -87,8 +87,8 @@ def tokenize_files(
         num_workers: processes of this machine; None: one a core where there is enough to do. The
             result is the same. One process uses all cores too, but reads and writes on one.
         engine: where tasks run, in place of `num_workers` processes.
-        part_bytes: about how much of a file is one part; None: 32 MiB, or less where processes of
-            this machine would have nothing to do. The result is the same.
+        part_bytes: about how much of a file is one part; None: what suits the engine. The result
+            is the same.
 
     Raises:
         DataError: no source, or a source that cannot be read. StorageError: the disk is full, or
@@ -108,10 +108,7 @@ def tokenize_files(
             if engine is None:
                 engine = stack.enter_context(LocalEngine(num_workers))
             if part_bytes is None:
-                part_bytes = PART_BYTES
-                if isinstance(engine, LocalEngine):
-                    num_bytes = sum(files[name].stat().st_size for name in todo)
-                    part_bytes = part_bytes_for(num_bytes, engine.workers_for(num_bytes))
+                part_bytes = engine.part_bytes(sum(files[name].stat().st_size for name in todo))
             _Run(out, {name: files[name] for name in todo}, part_bytes, progress).work(engine)
         shutil.rmtree(out / PARTS_FOLDER, ignore_errors=True)
         markers = {name: require_complete(out / name) for name in sorted(files)}
