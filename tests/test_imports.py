@@ -74,6 +74,31 @@ def test_errors_config_and_the_command_line_start_without_torch(name):
     assert result.returncode == 0, f"imported: {result.stderr}"
 
 
+COMPILES_NOTHING = """
+import sys, torch, hrmtext.api, hrmtext.evaluate, hrmtext.train
+from hrmtext.batch import PackedBatch
+from hrmtext.config.model import preset
+from hrmtext.model import build_model, make_plan
+from hrmtext.train.optim import AdamAtan2
+
+model = build_model(preset("test"), seed=0)
+optimizer = AdamAtan2(model.parameters(), lr=1e-3)
+batch = PackedBatch.from_rows([([5, 6], [7])])
+out = model(batch.tokens, batch.positions, make_plan(batch.layout))
+out.logits.sum().backward()
+optimizer.step()
+heavy = {"torch._dynamo", "sympy", "transformers", "pandas", "pyarrow", "tensorboard"}
+sys.exit(", ".join(sorted(heavy & set(sys.modules))) or 0)
+"""
+
+
+def test_a_training_step_that_compiles_nothing_imports_no_compiler():
+    """torch._dynamo and what it imports take two seconds of every command."""
+    code = [sys.executable, "-c", COMPILES_NOTHING]
+    result = subprocess.run(code, capture_output=True, text=True)
+    assert result.returncode == 0, f"imported: {result.stderr}"
+
+
 def test_files_stay_small():
     long = {p.name: n for p in modules() if (n := len(p.read_text().splitlines())) > 420}
     assert not long, f"over 420 lines, split by noun: {long}"

@@ -30,7 +30,7 @@ def start(
     It ends with status 0, or with 1 and a traceback where `function` raised.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hrmtext.train"])
+    context.set_forkserver_preload(["hrmtext.train", "torch._dynamo"])
     values = {name: str(value) for name, value in environment.items()}
     process = context.Process(
         target=_live, args=(function, arguments, str(log), values), daemon=True

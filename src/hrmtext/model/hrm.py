@@ -27,7 +27,9 @@ class Recurrence(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        # Not drawn here: `init_weights` does, and torch's own draw on meta imports torch._dynamo.
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.H_module = Stack(config)
         if not config.shared_stack:
             self.L_module = Stack(config)

@@ -38,7 +38,10 @@ def empty_model(
     """A model whose weights are allocated on `device` ("meta": not even that) but not set."""
     with torch.device("meta"):
         model = HrmLM(config).to(dtype)
-    return model if str(device) == "meta" else model.to_empty(device=device)
+    if str(device) == "meta":
+        return model
+    # What `to_empty` does, whose `empty_like` of a meta tensor imports sympy, a second.
+    return model._apply(lambda t: torch.empty(t.shape, dtype=t.dtype, device=device))
 
 
 @torch.no_grad()

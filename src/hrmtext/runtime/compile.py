@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import shutil
-from typing import Literal
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import torch
 from torch import nn
 
 from hrmtext.errors import BackendError
 from hrmtext.runtime.log import logger
+
+C = TypeVar("C", bound=type)
+
+_OUTSIDE: list[tuple[type, str]] = []
+"""Methods that no graph holds."""
 
 
 def compile_blocks(
@@ -43,7 +49,29 @@ def compile_blocks(
             "compile=true needs a C++ compiler (g++ or clang++) on the CPU and none was found; "
             "install one, or set compile=false"
         )
+    keep_outside()
     for name, module in model.named_modules():
         if name.rpartition(".")[0].endswith(".layers"):
             module.compile(dynamic=not fixed_shapes)
     return True
+
+
+def outside_graphs(method: str) -> Callable[[C], C]:
+    """Class decorator: `torch.compiler.disable` for `method`, once something is compiled.
+
+    The plain decorator would import torch._dynamo, two seconds of every command that compiles
+    nothing. `keep_outside` makes up for it.
+    """
+
+    def remember(owner: C) -> C:
+        _OUTSIDE.append((owner, method))
+        return owner
+
+    return remember
+
+
+def keep_outside() -> None:
+    """Disable tracing of the `outside_graphs` methods; call it before the first compiled call."""
+    for owner, method in _OUTSIDE:
+        setattr(owner, method, torch.compiler.disable(getattr(owner, method)))
+    _OUTSIDE.clear()

@@ -11,6 +11,7 @@ Trap: other Adam-atan2 packages divide m by 1 - b1^t inside atan2, so their firs
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -68,6 +69,13 @@ class AdamAtan2(torch.optim.Optimizer):
                 if group["ema_decay"] is not None:
                     state["ema"] = parameter.detach().clone()
                 self.state[parameter] = state
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's, without the wrapper that keeps it out of graphs: nothing traces this.
+
+        The wrapper imports torch._dynamo, two seconds of every run.
+        """
+        inspect.unwrap(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # pyrefly: ignore[bad-override]

@@ -41,6 +41,17 @@ def test_compiled_blocks_equal_plain_ones_forward_and_gradient():
         torch.testing.assert_close(compiled_gradients[name], gradient, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.parametrize("backend", ["sdpa", "flash_reference", "flex"])
+@pytest.mark.filterwarnings("default")
+def test_no_graph_holds_the_attention(backend):
+    import torch._dynamo  # as whoever compiles does; a plan made from then on is kept outside
+
+    plan = make_plan(PackedBatch.from_rows([([5, 6, 7], [8, 9])]).layout, backend=backend)
+    attend = torch.compile(lambda x: plan.attend(x, x, x, 0), backend="eager", fullgraph=True)
+    with pytest.raises(torch._dynamo.exc.Unsupported, match=r"torch\.compiler\.disable"):
+        attend(torch.ones(5, 2, 16))
+
+
 def test_auto_leaves_the_cpu_alone():
     assert not compile_blocks(build_model(preset("test"), seed=0), "auto", device=CPU)
 

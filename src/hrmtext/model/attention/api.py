@@ -10,6 +10,7 @@ or better inside, and tokens behind the last row come out as zeros.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from functools import cache
 from typing import Protocol
@@ -23,6 +24,7 @@ from hrmtext.model.attention.flash import FlashPlan
 from hrmtext.model.attention.reference import ReferencePlan
 from hrmtext.model.attention.sdpa import SdpaPlan
 from hrmtext.model.attention.varlen import HALF, find_kernel
+from hrmtext.runtime.compile import keep_outside
 from hrmtext.runtime.log import logger
 
 
@@ -80,6 +82,8 @@ def make_plan(
     Raises:
         BackendError: a backend asked for by name does not exist or cannot run here.
     """
+    if "torch._dynamo" in sys.modules:  # then someone compiles, with us or without
+        keep_outside()
     device = torch.device(device)
     if backend == "auto":
         backend = _choose(device, dtype, head_dim)

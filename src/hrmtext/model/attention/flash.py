@@ -26,6 +26,7 @@ from hrmtext.model.attention.varlen import (
     kernel_problem,
     width_problem,
 )
+from hrmtext.runtime.compile import outside_graphs
 from hrmtext.runtime.transfer import send
 
 Array = npt.NDArray[np.int64]
@@ -59,6 +60,7 @@ class Pass:
     """Whether some key occurs twice."""
 
 
+@outside_graphs("attend")
 class FlashPlan:
     """Two passes of a variable-length kernel. The backward is as deterministic as the kernel's:
 
@@ -99,7 +101,6 @@ class FlashPlan:
         order = np.concatenate([ranges(s.query_start, s.num_queries) for s in found])
         self.order = None if _is_prefix(order) else send(torch.from_numpy(order), device)  # (used)
 
-    @torch.compiler.disable
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot: int) -> torch.Tensor:
         """(T, N, K) each -> (T, N, K), zeros behind the last row."""
         del slot

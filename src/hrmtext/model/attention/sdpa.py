@@ -17,6 +17,7 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 
 from hrmtext.batch import RowLayout
+from hrmtext.runtime.compile import outside_graphs
 from hrmtext.runtime.transfer import send
 
 MAX_MASK_ELEMENTS = 1 << 24
@@ -51,6 +52,7 @@ class Group:
         return out.transpose(1, 2).reshape(q.shape).to(q.dtype)
 
 
+@outside_graphs("attend")
 class SdpaPlan:
     """Groups of padded rows, and the way from the stream to them and back."""
 
@@ -87,7 +89,6 @@ class SdpaPlan:
         slots[back[: layout.num_tokens - layout.num_padding]] = True
         self.is_real = send(torch.from_numpy(slots), device)[:, None, None]  # (sum R*S, 1, 1)
 
-    @torch.compiler.disable
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot: int) -> torch.Tensor:
         """(T, N, K) each -> (T, N, K)."""
         del slot
