@@ -27,7 +27,12 @@ def line(instruction, response, **more):
 
 
 LINES = {
-    "malformed JSON": [b"{broken", b"\0\0\0", line("a", "b")[:-4]],
+    "malformed JSON": [
+        b"{broken",
+        b"\0\0\0",
+        line("a", "b")[:-4],
+        line("a", "b", n=7)[:-2] + b"7" * 5_000 + b"}",
+    ],
     "not UTF-8": [b'{"instruction": "\xff\xfe", "response": "b"}'],
     "NUL character": [line("a\0", "b"), line("a", "\0")],
     "a key stands twice": [b'{"instruction": "a", "response": "b", "response": "c"}'],

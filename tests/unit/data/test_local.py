@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import tracemalloc
 
 import pyarrow
@@ -11,6 +12,7 @@ from pyarrow import parquet
 
 from hrmtext.data.example import Example
 from hrmtext.data.parts import plan_parts, read_lines
+from hrmtext.data.sources import local
 from hrmtext.data.sources.local import (
     RowProblems,
     find_files,
@@ -26,6 +28,9 @@ BAD_LINES = {
     b'{"instruction": "a", "response": ': "malformed JSON",
     b'{"instruction": "a"} trailing': "malformed JSON",
     b"[" * 100_000: "malformed JSON",
+    b'{"instruction": "a", "response": "b", "n": ' + b"1" * 5_000 + b"}": "malformed JSON",
+    b'{"instruction": "a", "response": "b"}}': "malformed JSON",
+    b'{"instruction": "a", "response": }': "malformed JSON",
     b'{"instruction": "a\xff", "response": "b"}': "not UTF-8",
     b'["a", "b"]': "not a JSON object",
     b'{"response": "b"}': "missing instruction",
@@ -58,6 +63,81 @@ def test_a_bad_line_is_counted_with_its_place_and_the_rest_is_read(tmp_path, lin
     assert problems.to_mapping() == {reason: {"rows": 1, "first": [f"{path}:2"]}}
     with pytest.raises(DataError, match=r"rows\.jsonl:2: " + reason[:8]):
         read(path, strict=True)
+
+
+def odd_lines(count):
+    """Lines of JSON, and what is nearly that."""
+    generator = random.Random(0)
+    texts = [
+        '"a"', '"b\\n"', '""', '" "', '"\\u00a0"', '"\\u0000"', '"\\ud800"', '"\\ud83d\\ude42"',
+        '"é"', '"\u2028"', '"\t"', "null", "true", "4", "-0.5e3", "NaN", "-Infinity", "1" * 4_400,
+        "[]", '["a"]', "{}", '{"x": 1, "x": 2}', '{"x": [{"y": 1, "y": 1}]}', "[[" * 9, '"open',
+        '[{"instruction": "c", "response": "d"}]', '"[]"', '"[1"', "",
+        '[{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]',
+    ]  # fmt: skip
+    names = [
+        "instruction", "response", "condition", "history", "messages", "system", "other",
+        "instruct\\u0069on", "Response",
+    ]  # fmt: skip
+    for _ in range(count):
+        chosen = ["instruction", "response"] if generator.random() < 0.8 else []
+        chosen += generator.choices(names, k=generator.choice((0, 0, 1, 2)))
+        generator.shuffle(chosen)
+        values = []
+        for name in chosen:
+            value = generator.choice(texts) if generator.random() < 0.4 else '"text"'
+            if name == "condition" and generator.random() < 0.6:
+                value = generator.choice(('"cot"', '" synth , cot"', '""', '"cto"', '"cot,"'))
+            values.append(f'"{name}": {value}')
+        line = "{" + ", ".join(values) + "}" + generator.choice(("",) * 8 + ("}", " ", "{}", ","))
+        line = generator.choice(("",) * 12 + (" ", "\ufeff", "[")) + line
+        if generator.random() < 0.1:
+            at = generator.randrange(len(line))
+            line = line[:at] + generator.choice(("", "\0", '"', "\\", "\v")) + line[at + 1 :]
+        raw = line.encode()
+        if generator.random() < 0.05:
+            raw = raw[: generator.randrange(len(raw))] + b"\xff" + raw[-3:]
+        yield raw + generator.choice((b"\n",) * 6 + (b"", b"\r\n", b" \n"))
+
+
+def by_definition(line):
+    """What a line means, the slow way."""
+    try:
+        text = line.decode()
+    except UnicodeDecodeError:
+        return "not UTF-8"
+    if not text or text.isspace():
+        return None
+    try:
+        row = json.loads(text, object_pairs_hook=local._object)
+    except local._DoubledKey:
+        return "a key stands twice"
+    except (ValueError, RecursionError):
+        return "malformed JSON"
+    return local._check_carefully(row)
+
+
+def test_the_fast_way_to_read_a_line_gives_what_the_slow_way_does(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    # A blank line before and behind, lest a mark at the start or a missing line feed be special.
+    lines = [line if line.endswith(b"\n") else line + b"\n" for line in odd_lines(6_000)]
+    path.write_bytes(b"\n" + b"".join(lines))
+    expected = [by_definition(line) for line in lines]
+    rows, problems = read(path)
+    assert rows == [row for row in expected if isinstance(row, Example)]
+    counts = {}
+    for number, found in enumerate(expected, start=2):
+        if isinstance(found, str):
+            counts.setdefault(found, []).append(f"{path}:{number}")
+    assert problems.counts == {reason: len(places) for reason, places in counts.items()}
+    assert problems.places == {reason: places[:5] for reason, places in counts.items()}
+    assert len(rows) > 500 and len(counts) > 12, "all kinds are among them"
+    for line in odd_lines(300):  # each as the only line, at both ends of a file
+        path.write_bytes(line)
+        rows, problems = read(path)
+        found = by_definition(line.removeprefix(b"\xef\xbb\xbf"))
+        assert rows == ([found] if isinstance(found, Example) else [])
+        assert list(problems.counts) == ([found] if isinstance(found, str) else [])
 
 
 def test_only_the_first_places_are_kept_but_all_are_counted(tmp_path):

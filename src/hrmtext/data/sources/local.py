@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -127,10 +128,10 @@ def read_batches(
     else:
         rows = _jsonl_rows(path, problems, part)
     batch: list[Example] = []
-    for place, row in rows:
+    for number, row in rows:
         checked = check_row(row)
         if isinstance(checked, str):
-            problems.add(checked, place)
+            problems.add(checked, f"{path}:{number}")
             continue
         batch.append(checked)
         if len(batch) == ROWS_PER_BATCH:
@@ -142,6 +143,36 @@ def read_batches(
 
 def check_row(row: Any) -> Example | str:
     """The row as an Example with its condition in plain form, or what is wrong with it."""
+    return _plain_pair(row) or _check_carefully(row)
+
+
+def _plain_pair(row: Any) -> Example | None:
+    """A usable row of two or three texts and nothing else, as nearly all are; None for others."""
+    if type(row) is not dict:
+        return None
+    instruction, response = row.get("instruction"), row.get("response")
+    condition: str | None = DEFAULT_CONDITION
+    if len(row) == 3:
+        given = row.get("condition")
+        condition = plain_condition(given) if type(given) is str else None
+    elif len(row) != 2:
+        return None
+    if (
+        condition is None
+        or type(instruction) is not str
+        or type(response) is not str
+        or not response
+        or response.isspace()
+        or "\0" in instruction
+        or "\0" in response
+        or not (_is_unicode(instruction) and _is_unicode(response))
+    ):
+        return None
+    return Example(condition, instruction, response)
+
+
+def _check_carefully(row: Any) -> Example | str:
+    """What `check_row` gives, by its definition."""
     if not isinstance(row, dict):
         return "not a JSON object"
     example = _as_conversation(row) if _is_conversation(row) else _as_pair(row)
@@ -180,7 +211,7 @@ def _as_pair(row: dict[str, Any]) -> Example | str:
     if isinstance(history, str):  # as Parquet files hold it
         try:
             history = json.loads(history)
-        except (json.JSONDecodeError, RecursionError):
+        except (ValueError, RecursionError):  # a number of too many digits is a plain ValueError
             return "history is not JSON"
     turns = read_history([] if history is None else history)
     if isinstance(turns, str):
@@ -231,38 +262,54 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_object)
+_scan_once: Callable[[str, int], tuple[Any, int]] = vars(_DECODER)["scan_once"]
+_BLANK = object()
 
 
-def _jsonl_rows(path: Path, problems: RowProblems, part: Part | None) -> Iterator[tuple[str, Any]]:
+def _decode_line(line: bytes) -> Any:
+    """The value of a line of JSON; _BLANK where there is nothing in it.
+
+    Raises:
+        UnicodeDecodeError, _DoubledKey, ValueError or RecursionError: what is wrong with it.
+    """
+    text = line.decode("utf-8")
+    if text.startswith("{") and text.endswith("}\n"):
+        # Nothing around the object: the scanner without what skips spaces at both ends.
+        with contextlib.suppress(StopIteration):  # a value is missing: what follows says so
+            row, end = _scan_once(text, 0)
+            if end == len(text) - 1:
+                return row
+    if not text or text.isspace():
+        return _BLANK
+    return _DECODER.decode(text)
+
+
+def _jsonl_rows(path: Path, problems: RowProblems, part: Part | None) -> Iterator[tuple[int, Any]]:
+    """Line number, counted from 1, and value."""
     for number, line in enumerate(read_lines(path, part), start=1):
-        place = f"{path}:{number}"
         problems.num_read = number
         if line is None:
-            problems.add("line too long", place)
+            problems.add("line too long", f"{path}:{number}")
             continue
         if number == 1 and not (part and part.start):
             line = line.removeprefix(b"\xef\xbb\xbf")
         try:
-            text = line.decode("utf-8")
+            row = _decode_line(line)
         except UnicodeDecodeError:
-            problems.add("not UTF-8", place)
-            continue
-        if not text or text.isspace():
-            continue
-        try:
-            row = _DECODER.decode(text)
+            problems.add("not UTF-8", f"{path}:{number}")
         except _DoubledKey:
-            problems.add("a key stands twice", place)
-            continue
-        except (json.JSONDecodeError, RecursionError):
-            problems.add("malformed JSON", place)
-            continue
-        yield place, row
+            problems.add("a key stands twice", f"{path}:{number}")
+        except (ValueError, RecursionError):  # a number of too many digits is a plain ValueError
+            problems.add("malformed JSON", f"{path}:{number}")
+        else:
+            if row is not _BLANK:
+                yield number, row
 
 
 def _parquet_rows(
     path: Path, problems: RowProblems, part: Part | None
-) -> Iterator[tuple[str, Any]]:
+) -> Iterator[tuple[int, Any]]:
+    """Row number, counted from 1, and value."""
     with open_parquet(path) as file:
         import pyarrow
 
@@ -277,11 +324,10 @@ def _parquet_rows(
                 for row in zip(*values, strict=True):
                     number += 1
                     problems.num_read = number
-                    place = f"{path}:{number}"
                     if any(value is UnicodeDecodeError for value in row):
-                        problems.add("not UTF-8", place)
+                        problems.add("not UTF-8", f"{path}:{number}")
                     else:
-                        yield place, dict(zip(columns, row, strict=True))
+                        yield number, dict(zip(columns, row, strict=True))
         except (pyarrow.ArrowException, OSError) as error:
             raise DataError(f"{path} is not a whole Parquet file: {error}") from error
 
