@@ -109,7 +109,12 @@ def tokenize_files(
                 engine = stack.enter_context(LocalEngine(num_workers))
             if part_bytes is None:
                 part_bytes = engine.part_bytes(sum(files[name].stat().st_size for name in todo))
-            _Run(out, {name: files[name] for name in todo}, part_bytes, progress).work(engine)
+            use = {
+                "file": str(out / TOKENIZER_FILE),
+                "content": fingerprint(out / TOKENIZER_FILE),
+                "key": tokenizer.fingerprint,
+            }
+            _Run(out, {name: files[name] for name in todo}, use, part_bytes, progress).work(engine)
         shutil.rmtree(out / PARTS_FOLDER, ignore_errors=True)
         markers = {name: require_complete(out / name) for name in sorted(files)}
         report = TokenizeReport(
@@ -134,6 +139,7 @@ class _Run:
         self,
         out: Path,
         files: Mapping[str, Path],
+        tokenizer: Mapping[str, str],
         part_bytes: int,
         progress: Progress | None,
     ) -> None:
@@ -151,7 +157,7 @@ class _Run:
             request = {
                 "task": "tokenize",
                 "what": f"tokenizing {path}",
-                "tokenizer": str(out / TOKENIZER_FILE),
+                "tokenizer": tokenizer,
                 "source": str(path),
                 "folder": str(out / name),
                 "stat": [stat.st_size, stat.st_mtime_ns],
@@ -299,9 +305,7 @@ def _remove_orphans(out: Path, expected: set[str]) -> int:
 
 def answer(request: dict[str, Any]) -> None:
     """Do one task of `tokenize_files`: a file, a part of one, or the joining of its parts."""
-    path = Path(request["tokenizer"])
-    stat = path.stat()
-    tokenizer = _load_tokenizer(path.resolve(), stat.st_size, stat.st_mtime_ns)
+    tokenizer = _load_tokenizer(**request["tokenizer"])
     if "join" in request:
         _join_parts(request, tokenizer)
     elif "part" in request:
@@ -311,6 +315,15 @@ def answer(request: dict[str, Any]) -> None:
 
 
 @lru_cache(maxsize=2)
-def _load_tokenizer(path: Path, size: int, mtime_ns: int) -> PromptTokenizer:
-    """Load a tokenizer, or the one loaded before: the file's size and time tell whether it is."""
-    return PromptTokenizer.load(path)
+def _load_tokenizer(file: str, content: str, key: str) -> PromptTokenizer:
+    """Load a tokenizer, or the one loaded before.
+
+    Args:
+        content: fingerprint of the file. key: of the tokenizer in it, which is slow to compute.
+
+    Raises:
+        DataError: the file is another by now.
+    """
+    if fingerprint(Path(file)) != content:
+        raise DataError(f"{file} was changed while texts were tokenised; run the same again")
+    return PromptTokenizer.load(file, known_fingerprint=key)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import array
-import json
 from collections.abc import Iterable, Sequence
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +11,7 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers.processors import TemplateProcessing
 from tokenizers.trainers import BpeTrainer
 
-from hrmtext.config.base import nearest
+from hrmtext.data.encoder import PlainTextEncoder, plain_text_form
 from hrmtext.data.example import DEFAULT_CONDITION, Turn
 from hrmtext.errors import DataError
 from hrmtext.runtime.io import fingerprint, write_json, write_text
@@ -75,6 +73,8 @@ def condition_names(condition: str) -> list[str]:
     names = [name.strip() for name in condition.split(",")]
     for name in names:
         if name not in CONDITIONS:
+            from hrmtext.config.base import nearest  # workers start sooner without it
+
             raise DataError(f"unknown condition {name!r}{nearest(name, list(CONDITIONS))}")
     return names
 
@@ -139,10 +139,15 @@ class PromptTokenizer:
     letter by letter, so no user can end the prompt.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        """Wrap `tokenizer`; DataError if it lacks a token that prompts are built from."""
+    def __init__(self, tokenizer: Tokenizer, *, known_fingerprint: str | None = None) -> None:
+        """Wrap `tokenizer`; DataError if it lacks a token that prompts are built from.
+
+        Args:
+            known_fingerprint: as computed before for this very tokenizer; None: when asked for.
+        """
+        self._fingerprint = known_fingerprint
         self.tokenizer = tokenizer
-        self._encoder = _plain_text_encoder(tokenizer)
+        self._encoder = PlainTextEncoder(tokenizer)
         self._conditions = {name: self._id(token) for name, token in CONDITIONS.items()}
         self.bos_id = self._id(BEGIN)
         self.prompt_end_id = self._id(PROMPT_END)
@@ -150,8 +155,11 @@ class PromptTokenizer:
         self.pad_id = self._id(PAD)
 
     @classmethod
-    def load(cls, path: str | Path) -> PromptTokenizer:
+    def load(cls, path: str | Path, *, known_fingerprint: str | None = None) -> PromptTokenizer:
         """Read a tokenizer.json, or a folder that holds one.
+
+        Args:
+            known_fingerprint: see `__init__`.
 
         Raises:
             DataError: no such file, not a tokenizer, or one without the special tokens.
@@ -165,7 +173,7 @@ class PromptTokenizer:
         except Exception as error:  # tokenizers raises a bare Exception for whatever is wrong
             raise DataError(f"{file} is not a tokenizers file: {error}") from error
         try:
-            return cls(tokenizer)
+            return cls(tokenizer, known_fingerprint=known_fingerprint)
         except DataError as error:
             raise DataError(f"{file}: {error}") from None
 
@@ -180,10 +188,14 @@ class PromptTokenizer:
         """Entries of the vocabulary, special tokens included; not padded."""
         return self.tokenizer.get_vocab_size(with_added_tokens=True)
 
-    @cached_property
+    @property
     def fingerprint(self) -> str:
         """16 hex digits; equal exactly where the same text gives the same ids."""
-        return fingerprint(self._encoder.to_str(), self._conditions)
+        if self._fingerprint is not None:
+            return self._fingerprint
+        text = plain_text_form(self.tokenizer).to_str()
+        self._fingerprint = fingerprint(text, self._conditions)
+        return self._fingerprint
 
     def parse_condition(self, condition: str) -> list[int]:
         """Token ids of a comma list of condition names, in the given order; empty: none.
@@ -237,24 +249,27 @@ class PromptTokenizer:
         Raises:
             DataError: an unknown condition, or text that is not valid Unicode.
         """
-        heads = {c: [self.bos_id, *self.parse_condition(c)] for c in set(conditions)}
-        encodings = self._encode([*instructions, *responses])
+        heads = {
+            c: array.array("I", [self.bos_id, *self.parse_condition(c)]) for c in set(conditions)
+        }
+        encodings = self._encoder.encode([*instructions, *responses])
         count = len(instructions)
-        flat: list[int] = []
+        tokens = array.array("I")
         lengths: list[int] = []
         at = 0
         for condition, prompt, response in zip(
             conditions, encodings[:count], encodings[count:], strict=True
         ):
-            flat += heads[condition]
-            flat += prompt.ids
-            flat.append(self.prompt_end_id)
-            middle = len(flat)
-            flat += response.ids
-            flat.append(self.eos_id)
-            lengths += (middle - at, len(flat) - middle)
-            at = len(flat)
-        return array.array("I", flat), lengths
+            # Text by text, so that the Python integers of one are let go before the next.
+            tokens += heads[condition]
+            tokens += array.array("I", prompt.ids)
+            tokens.append(self.prompt_end_id)
+            middle = len(tokens)
+            tokens += array.array("I", response.ids)
+            tokens.append(self.eos_id)
+            lengths += (middle - at, len(tokens) - middle)
+            at = len(tokens)
+        return tokens, lengths
 
     def encode_turns(
         self, turns: Sequence[Turn], condition: str = DEFAULT_CONDITION
@@ -284,13 +299,7 @@ class PromptTokenizer:
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of plain texts, without any special token; uses all cores for many texts."""
-        return [encoding.ids for encoding in self._encode(texts)]
-
-    def _encode(self, texts: Sequence[str]) -> list[Any]:
-        try:
-            return self._encoder.encode_batch_fast(list(texts), add_special_tokens=False)
-        except (TypeError, UnicodeError) as error:
-            raise DataError(_describe_bad_text(texts, error)) from error
+        return [encoding.ids for encoding in self._encoder.encode(texts)]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of `ids`; special tokens are left out, and nothing else is."""
@@ -378,27 +387,3 @@ def _tokenizer_config() -> dict[str, Any]:
         "pad_token": PAD,
         "clean_up_tokenization_spaces": False,
     }
-
-
-def _plain_text_encoder(tokenizer: Tokenizer) -> Tokenizer:
-    """A copy that reads every added token as plain text and neither pads, cuts nor wraps."""
-    fields = json.loads(tokenizer.to_str())
-    fields["post_processor"] = fields["padding"] = fields["truncation"] = None
-    for token in fields["added_tokens"]:
-        # `encode_special_tokens` spares only tokens marked special, and published files leave
-        # some (`<think>`, `<tool_call>`) unmarked.
-        token["special"] = True
-    encoder = Tokenizer.from_str(json.dumps(fields))
-    encoder.encode_special_tokens = True
-    return encoder
-
-
-def _describe_bad_text(texts: Sequence[str], error: Exception) -> str:
-    for index, text in enumerate(texts):
-        if not isinstance(text, str):
-            return f"text {index} is {type(text).__name__}, expected a string"
-        try:
-            text.encode()
-        except UnicodeEncodeError as bad:
-            return f"text {index} is not valid Unicode at character {bad.start}: lone surrogate"
-    return str(error)

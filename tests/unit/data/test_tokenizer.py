@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import random
+import re
+import sys
+import unicodedata
 
 import pytest
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, normalizers
 
+from hrmtext.data.encoder import COMPOSED_RANGES, is_composed, plain_text_form
 from hrmtext.data.tokenizer import (
     CONDITIONS,
     SPECIAL_TOKENS,
@@ -252,3 +256,50 @@ def test_rows_end_to_end_are_prompts_and_responses(tokenizer, texts):
     assert lengths == [len(part) for part in expected]
     assert tokens.tolist() == [token for part in expected for token in part]
     assert expected[-1].count(tokenizer.eos_id) == 1 and len(expected[-1]) > 5
+
+
+def odd_texts(count):
+    """Texts of letters, marks that combine, parts of Hangul, special tokens, spaces."""
+    generator = random.Random(0)
+    pieces = [
+        *SPECIAL_TOKENS, "e", "\u0301", "é", "\u0323\u0307", "Å", "\u212b", "\u2126", "\u1112",
+        "\u1161", "\u11ab", "한", "か", "\u3099", "ガ", "\uff9e", "\u0928\u093c", "\u0958",
+        "\u05e9\u05c1", "ﬁ", "Ж", "ية", "数", "🙂", "👍🏽", "\ufe0f", "\u200d", " ", "\n", "\t",
+        "\0", "12", "'s", "what is", "\u0387", "\u1f71", "\U00011099\U000110ba", "\U0002f81a", "",
+    ]  # fmt: skip
+    return ["".join(generator.choices(pieces, k=generator.randrange(12))) for _ in range(count)]
+
+
+@pytest.mark.parametrize("normalizer", ["NFC", "NFKC", None])
+def test_texts_are_encoded_as_a_reader_that_spares_all_added_tokens_does(tokenizer, normalizer):
+    fields = json.loads(tokenizer.tokenizer.to_str())
+    fields["normalizer"] = normalizer and {"type": normalizer}
+    # Published files leave some tokens unmarked.
+    fields["added_tokens"][-1]["special"] = False
+    ours = PromptTokenizer(Tokenizer.from_str(json.dumps(fields)))
+    oracle = plain_text_form(ours.tokenizer)
+    oracle.encode_special_tokens = True
+    texts = odd_texts(3_000)
+    assert 500 < sum(map(is_composed, texts)) < 2_500, "both ways are taken"
+    expected = [oracle.encode(text, add_special_tokens=False).ids for text in texts]
+    assert ours.encode_texts(texts) == expected
+
+
+def test_composed_characters_are_those_that_nfc_never_changes():
+    inside = re.compile(f"[{COMPOSED_RANGES}]")
+    characters = [chr(code) for code in range(sys.maxunicode + 1)]
+    seconds = set()  # what may be taken up by the character before
+    for character in characters:
+        parts = unicodedata.decomposition(character).split()
+        if len(parts) == 2 and not parts[0].startswith("<"):
+            seconds.add(chr(int(parts[1], 16)))
+    vouched = [character for character in characters if inside.fullmatch(character)]
+    assert len(vouched) > 30_000
+    for character in vouched:
+        assert unicodedata.category(character) not in ("Cn", "Cs"), ascii(character)
+        assert not unicodedata.combining(character), ascii(character)
+        assert character not in seconds, ascii(character)
+    random.Random(0).shuffle(vouched)
+    text = "".join(vouched)
+    assert is_composed(text) and normalizers.NFC().normalize_str(text) == text
+    assert not is_composed("e\u0301") and not is_composed("\ud800")
