@@ -5,14 +5,16 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from hrmtext.config.data import CleaningConfig
 from hrmtext.data.example import HISTORY, Example, example_keys
 from hrmtext.data.pii import find, mask
 from hrmtext.data.row_files import history_text
 from hrmtext.data.rules import apply_rules
 from hrmtext.data.sources.local import PLACES_KEPT, check_text, plain_condition
+
+if TYPE_CHECKING:
+    from hrmtext.config.data import CleaningConfig
 
 SAMPLES_KEPT = 3
 SAMPLE_CHARS = 200

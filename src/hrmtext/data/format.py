@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from hrmtext.config.model import round_up
 from hrmtext.data.arrays import Array, open_array
 from hrmtext.data.tokenizer import (
     BEGIN,
@@ -205,6 +204,8 @@ class SampledData:
     @property
     def vocab_size(self) -> int:
         """Vocabulary of the model: the tokenizer's, padded up to a multiple of 256."""
+        from hrmtext.config.model import round_up  # workers start sooner without it
+
         return round_up(self.info["vocab_size"], VOCAB_MULTIPLE)
 
     def epoch(self, number: int) -> RowIndex:

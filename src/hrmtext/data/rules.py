@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import collections
+from typing import TYPE_CHECKING
 
-from hrmtext.config.data import CleaningConfig
 from hrmtext.data.example import Example
 from hrmtext.data.pii import find, mask
 from hrmtext.data.text import (
@@ -14,6 +14,9 @@ from hrmtext.data.text import (
     script_share,
     without_thinking,
 )
+
+if TYPE_CHECKING:
+    from hrmtext.config.data import CleaningConfig
 
 
 class RowDropped(Exception):
