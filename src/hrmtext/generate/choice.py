@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from hrmtext.batch import RowLayout
 from hrmtext.errors import BackendError
 from hrmtext.generate.cpp import CppStep
 from hrmtext.generate.cpp.build import compiler
@@ -14,7 +15,8 @@ from hrmtext.runtime.log import logger
 
 CPP_BYTES = 256 << 20
 """Packed weights that `auto` allows: beyond, steps are bound by memory, not by overhead."""
-PROBE_ROWS, PROBE_TOKENS = 3, 2
+PROBE_PROMPTS, PROBE_TOKENS = (3, 1, 2), 2
+"""Tokens that each row reads, and those that it then decodes."""
 PROBE_UNITS = {torch.float32: 256, torch.bfloat16: 64}
 """Units in the last place of the largest logit that the kernel may be off the eager step."""
 
@@ -77,13 +79,20 @@ class Steps:
 def _probe(step: CppStep) -> None:
     """Refuse a kernel that does not compute what the module computes on this very machine."""
     model, config = step.model, step.model.config
-    caches = [KVCache(config, PROBE_ROWS, PROBE_TOKENS, dtype=torch.float32) for _ in range(2)]
-    eager = DecodeStep(model)
-    for at in range(min(PROBE_TOKENS, config.max_seq_len)):
-        tokens = (torch.arange(PROBE_ROWS) * 7 + at) % config.vocab_size
+    lengths = [min(length, config.max_seq_len) for length in PROBE_PROMPTS]
+    layout = RowLayout.from_prefixes(lengths, lengths if config.prefix_lm else [0] * len(lengths))
+    capacity = min(max(lengths) + PROBE_TOKENS, config.max_seq_len)
+    caches = [KVCache(config, len(lengths), capacity, dtype=torch.float32) for _ in range(2)]
+    sides = list(zip((step, DecodeStep(model)), caches, strict=True))
+    for at in range(1 + capacity - max(lengths)):
+        tokens = (torch.arange(len(lengths) if at else sum(lengths)) * 7 + at) % config.vocab_size
         found, expected = (
-            take(tokens, cache, None, 0.0).float()
-            for take, cache in zip((step, eager), caches, strict=True)
+            (
+                side(tokens, cache, None, 0.0)
+                if at
+                else side.read(tokens, layout, cache, None, 0.0)
+            ).float()
+            for side, cache in sides
         )
         error = float((found - expected).abs().max())
         unit = torch.finfo(model.lm_head.weight.dtype).eps * float(expected.abs().max())

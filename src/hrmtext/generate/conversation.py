@@ -14,7 +14,7 @@ from hrmtext.errors import ConfigError, DataError, NonFiniteError
 from hrmtext.generate.decode import MIN_GROWTH_TOKENS, cache_dtype, grow
 from hrmtext.generate.runner import Generated, TextModel
 from hrmtext.generate.sampling import Sampler
-from hrmtext.generate.step import run_model
+from hrmtext.generate.step import StepFunction
 from hrmtext.generate.stop import LENGTH, STOP
 from hrmtext.model import Depth, KVCache
 
@@ -119,7 +119,7 @@ class Conversation:
         limit = min(config.max_new_tokens, self.room)
         sampler = Sampler.for_rows(config, [self.tokens], [0], limit, self.model.device)
         step_model = self.model._steps.get(config.step)
-        logits = self._read(config, depth)  # (1, V)
+        logits = self._read(step_model, config, depth)  # (1, V)
         assert self._cache is not None, "_read makes the cache"
         answer: list[int] = []
         logprobs: list[float] = []
@@ -153,29 +153,21 @@ class Conversation:
         self.messages.append({"role": "user", "content": question})
         self.messages.append({"role": "assistant", "content": answer})
 
-    def _read(self, config: GenerateConfig, depth: Depth | None) -> torch.Tensor:
+    def _read(
+        self, step_model: StepFunction, config: GenerateConfig, depth: Depth | None
+    ) -> torch.Tensor:
         """Run what the cache does not hold; (1, V) logits behind the last token."""
-        model = self.model.model
         held = self.num_cached
         new = self.tokens[held:]
         blocks = [(a - held, b - held) for a, b in self._blocks if b > held]
         self._make_room(len(new))
         assert self._cache is not None, "made by _make_room"
-        layout = RowLayout.from_blocks([len(new)], [blocks if model.config.prefix_lm else []])
-        plan = self._cache.extend(layout)
-        device = self.model.device
-        logits = run_model(
-            model,
-            torch.tensor(new, device=device),
-            plan.positions,
-            plan,
-            depth,
-            config.guidance,
-            select=torch.tensor([len(new) - 1], device=device),
-        )
+        is_prefix_lm = self.model.config.prefix_lm
+        layout = RowLayout.from_blocks([len(new)], [blocks if is_prefix_lm else []])
+        tokens = torch.tensor(new, device=self.model.device)
+        logits = step_model.read(tokens, layout, self._cache, depth, config.guidance)
         if not bool(logits.isfinite().all()):
             raise NonFiniteError("the model's logits are NaN or infinite; are its weights damaged?")
-        plan.commit()
         return logits
 
     def _make_room(self, count: int) -> None:

@@ -14,9 +14,9 @@ import torch
 from hrmtext.batch import RowLayout
 from hrmtext.errors import NonFiniteError
 from hrmtext.generate.sampling import Sampler
-from hrmtext.generate.step import StepFunction, compiled_width, run_model
+from hrmtext.generate.step import StepFunction, compiled_width
 from hrmtext.generate.stop import answer_lengths
-from hrmtext.model import Depth, HrmLM, KVCache, make_plan
+from hrmtext.model import Depth, HrmLM, KVCache
 
 Blocks = Sequence[tuple[int, int]]
 """(start, end) of each bidirectional block of a prompt, in order."""
@@ -37,7 +37,6 @@ class DecodeSettings:
     """(V) bool, see `stop_table`."""
     depth: Depth | None = None
     guidance: float = 0.0
-    backend: str = "auto"
     with_logprobs: bool = False
 
 
@@ -87,7 +86,7 @@ def decode_batch(
         final_capacity = int((lengths + row_limits).max())
         capacity = min(final_capacity, int(lengths.max()) + MIN_GROWTH_TOKENS)
     cache = KVCache(model.config, len(prompts), capacity, device=device, dtype=cache_dtype(model))
-    logits = prefill(model, cache, prompts, settings, blocks)
+    logits = prefill(step_model, cache, prompts, settings, blocks)
     if not bool(logits.isfinite().all()):
         raise NonFiniteError("the model's logits are NaN or infinite; are its weights damaged?")
     if list(owners) != list(range(len(prompts))):
@@ -128,7 +127,7 @@ def decode_batch(
 
 
 def prefill(
-    model: HrmLM,
+    step_model: StepFunction,
     cache: KVCache,
     prompts: Sequence[Sequence[int]],
     settings: DecodeSettings,
@@ -140,37 +139,15 @@ def prefill(
         blocks: for each prompt (start, end) of what sees itself bidirectionally, one for each user
             turn of a conversation; None: each prompt is one block. A causal model has none.
     """
-    device = cache.device
     lengths = [len(prompt) for prompt in prompts]
+    prefix_lm = step_model.model.config.prefix_lm
     if blocks is None:
-        layout = RowLayout.from_prefixes(
-            lengths, lengths if model.config.prefix_lm else [0] * len(lengths)
-        )
+        layout = RowLayout.from_prefixes(lengths, lengths if prefix_lm else [0] * len(lengths))
     else:
-        layout = RowLayout.from_blocks(
-            lengths, blocks if model.config.prefix_lm else [[] for _ in lengths]
-        )
-    attention = make_plan(
-        layout,
-        device=device,
-        dtype=model.lm_head.weight.dtype,
-        backend=settings.backend,
-        head_dim=model.config.head_dim,
-    )
-    plan = cache.prefill(layout, attention)
-    tokens = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
-    last = plan.lengths.cumsum(0) - 1
-    logits = run_model(
-        model,
-        torch.from_numpy(tokens).to(device),
-        plan.columns,
-        plan,
-        settings.depth,
-        settings.guidance,
-        select=last,
-    )
-    plan.commit()
-    return logits
+        layout = RowLayout.from_blocks(lengths, blocks if prefix_lm else [[] for _ in lengths])
+    packed = np.concatenate([np.asarray(prompt, dtype=np.int64) for prompt in prompts])
+    tokens = torch.from_numpy(packed).to(cache.device)
+    return step_model.read(tokens, layout, cache, settings.depth, settings.guidance)
 
 
 def cache_dtype(model: HrmLM) -> torch.dtype:

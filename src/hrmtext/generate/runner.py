@@ -15,15 +15,18 @@ from hrmtext.config.generate import GenerateConfig
 from hrmtext.config.model import ModelConfig
 from hrmtext.data.tokenizer import PromptTokenizer
 from hrmtext.errors import BackendError, ConfigError, DataError
+from hrmtext.generate.batches import MAX_BATCH_TOKENS, near_tokens, plan_batches
 from hrmtext.generate.choice import Steps
+from hrmtext.generate.cpp import CppStep
+from hrmtext.generate.cpp.step import packed_bytes
 from hrmtext.generate.decode import Blocks, DecodeSettings, cache_dtype, decode_batch, prefill
 from hrmtext.generate.sampling import Sampler
-from hrmtext.generate.step import run_model
+from hrmtext.generate.step import StepFunction, run_model
 from hrmtext.generate.stop import LENGTH, STOP, stop_ids, stop_table
 from hrmtext.model import Depth, HrmLM, KVCache, make_plan
 from hrmtext.model.flops import kv_bytes_per_token
+from hrmtext.runtime.device import last_cache_bytes
 
-MAX_BATCH_TOKENS = 32_768
 CPU_CACHE_BYTES = 1 << 30
 CUDA_CACHE_SHARE = 0.4
 """Share of the free GPU memory that a batch's keys and values may take."""
@@ -211,10 +214,10 @@ class TextModel:
         )
         limits = [min(config.max_new_tokens, self.config.max_seq_len - len(p)) for p in encoded]
         answers: list[Generated | None] = [None] * (len(encoded) * config.num_samples)
-        for rows in self._batches(encoded, limits, config):
-            for row, answer in zip(
-                rows, self._answer(rows, encoded, blocks, limits, config, settings), strict=True
-            ):
+        step_model = self._steps.get(config.step)
+        for rows in self._batches(encoded, limits, config, step_model):
+            found = self._answer(rows, encoded, blocks, limits, config, settings, step_model)
+            for row, answer in zip(rows, found, strict=True):
                 answers[row] = answer
             if progress is not None:
                 progress(sum(answer is not None for answer in answers), len(answers))
@@ -228,6 +231,7 @@ class TextModel:
         limits: Sequence[int],
         config: GenerateConfig,
         settings: DecodeSettings,
+        step_model: StepFunction,
     ) -> list[Generated]:
         """Answers of one batch; row i is sample i % num_samples of prompt i // num_samples."""
         owners = [row // config.num_samples for row in rows]
@@ -241,7 +245,7 @@ class TextModel:
             self.device,
         )
         decoded = decode_batch(
-            self._steps.get(config.step),
+            step_model,
             [encoded[owner] for owner in unique],
             [place[owner] for owner in owners],
             [limits[owner] for owner in owners],
@@ -341,7 +345,11 @@ class TextModel:
     def _cached_path(
         self, prompt_ids: list[int], response_ids: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Logits behind the prompt and each response token, and the keys of position 0."""
+        """Logits behind the prompt and each response token, and the keys of position 0.
+
+        By the steps that `generate` takes when nothing else is asked for.
+        """
+        step_model = self._steps.get("auto")
         cache = KVCache(
             self.config,
             1,
@@ -350,13 +358,11 @@ class TextModel:
             dtype=cache_dtype(self.model),
         )
         no_stop = stop_table([], self.config.vocab_size, self.device)
-        found = [prefill(self.model, cache, [prompt_ids], DecodeSettings(stop=no_stop))]
+        found = [prefill(step_model, cache, [prompt_ids], DecodeSettings(stop=no_stop))]
         first = cache.keys[-1][0, :, 0].clone()
         for token in response_ids:
-            plan = cache.decode()
             tokens = torch.tensor([token], device=self.device)
-            found.append(self.model(tokens, plan.positions, plan).logits)
-            plan.commit()
+            found.append(step_model(tokens, cache, None, 0.0))
         return torch.cat(found), first
 
     def _depth(self, depth: Depth | tuple[int, int] | None, guidance: float) -> Depth | None:
@@ -373,27 +379,27 @@ class TextModel:
         return depth
 
     def _batches(
-        self, prompts: Sequence[Sequence[int]], limits: Sequence[int], config: GenerateConfig
+        self,
+        prompts: Sequence[Sequence[int]],
+        limits: Sequence[int],
+        config: GenerateConfig,
+        step_model: StepFunction,
     ) -> list[list[int]]:
-        """Rows by batch: longest prompts first, rows times the longest within the budget."""
-        budget = config.batch_tokens or self._batch_tokens()
-        order = sorted(range(len(prompts)), key=lambda i: -(len(prompts[i]) + limits[i]))
-        batches: list[list[int]] = []
-        widest = 0
-        for index in order:
-            for sample in range(config.num_samples):
-                row = index * config.num_samples + sample
-                if batches and (len(batches[-1]) + 1) * widest <= budget:
-                    batches[-1].append(row)
-                    continue
-                batches.append([row])
-                widest = len(prompts[index]) + limits[index]
-        return batches
+        near = None
+        if config.batch_tokens is None and isinstance(step_model, CppStep):
+            near = near_tokens(
+                last_cache_bytes(), packed_bytes(self.model), self._bytes_per_token()
+            )
+        most = config.batch_tokens or self._batch_tokens()
+        lengths = [len(prompt) for prompt in prompts]
+        return plan_batches(lengths, limits, config.num_samples, most, near)
 
     def _batch_tokens(self) -> int:
         room = CPU_CACHE_BYTES
         if self.device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(self.device)
             room = int(free * CUDA_CACHE_SHARE)
-        each = kv_bytes_per_token(self.config, cache_dtype(self.model).itemsize)
-        return max(1, min(MAX_BATCH_TOKENS, room // each))
+        return max(1, min(MAX_BATCH_TOKENS, room // self._bytes_per_token()))
+
+    def _bytes_per_token(self) -> int:
+        return kv_bytes_per_token(self.config, cache_dtype(self.model).itemsize)

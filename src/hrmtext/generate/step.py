@@ -1,4 +1,4 @@
-"""One decode step: eager, or compiled into one graph a shape.
+"""Reading prompts and taking decode steps: eager, or steps compiled into one graph a shape.
 
 Letters: B rows, V vocabulary.
 """
@@ -9,15 +9,16 @@ from typing import Protocol
 
 import torch
 
-from hrmtext.model import Depth, HrmLM, KVCache
+from hrmtext.batch import RowLayout
+from hrmtext.model import Depth, HrmLM, KVCache, make_plan
 from hrmtext.model.attention import AttentionPlan
-from hrmtext.model.cache import DecodePlan
+from hrmtext.model.cache import DecodePlan, ExtendPlan, PrefillPlan
 
 SMALLEST_WIDTH = 64
 
 
 class StepFunction(Protocol):
-    """Takes one decode step."""
+    """Reads prompts and takes decode steps."""
 
     model: HrmLM
     is_compiled: bool
@@ -28,6 +29,51 @@ class StepFunction(Protocol):
     ) -> torch.Tensor:
         """(B) tokens, appended to the cache -> (B, V) logits behind them."""
         ...
+
+    def read(
+        self,
+        tokens: torch.Tensor,
+        layout: RowLayout,
+        cache: KVCache,
+        depth: Depth | None,
+        guidance: float,
+    ) -> torch.Tensor:
+        """Append several new tokens a row, such as prompts; (B, V) logits behind each row's last.
+
+        Args:
+            tokens: (T) packed without padding.
+            layout: who sees whom among them; all see what their row holds already.
+
+        Raises:
+            DataError: they do not fit the cache.
+        """
+        ...
+
+
+def read_by_module(
+    model: HrmLM,
+    tokens: torch.Tensor,
+    layout: RowLayout,
+    cache: KVCache,
+    depth: Depth | None,
+    guidance: float,
+) -> torch.Tensor:
+    """As `StepFunction.read`, by the module: packed attention for rows that hold nothing yet."""
+    if cache.longest:
+        plan: ExtendPlan | PrefillPlan = cache.extend(layout)
+    else:
+        weight = model.lm_head.weight
+        attention = make_plan(
+            layout,
+            device=cache.device,
+            dtype=weight.dtype,
+            head_dim=model.config.head_dim,
+        )
+        plan = cache.prefill(layout, attention)
+    ends = torch.tensor(layout.lengths, device=cache.device).cumsum(0)
+    logits = run_model(model, tokens, plan.positions, plan, depth, guidance, select=ends - 1)
+    plan.commit()
+    return logits
 
 
 def run_model(
@@ -71,6 +117,17 @@ class DecodeStep:
         self.model = model
         self.is_compiled = compiled
         self._run = torch.compile(_step, dynamic=False, fullgraph=True) if compiled else _step
+
+    def read(
+        self,
+        tokens: torch.Tensor,
+        layout: RowLayout,
+        cache: KVCache,
+        depth: Depth | None,
+        guidance: float,
+    ) -> torch.Tensor:
+        """See `StepFunction.read`."""
+        return read_by_module(self.model, tokens, layout, cache, depth, guidance)
 
     def __call__(
         self, tokens: torch.Tensor, cache: KVCache, depth: Depth | None, guidance: float

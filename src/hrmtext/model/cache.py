@@ -80,7 +80,11 @@ class KVCache:
         The tokens see all that their row holds, and one another as `layout` says, whose positions
         count from the first new token. Call `commit` after the pass.
         """
-        held = self.lengths.tolist()
+        return ExtendPlan(self, layout, self.held_before(layout))
+
+    def held_before(self, layout: RowLayout) -> list[int]:
+        """(B) tokens that each row holds; DataError if the new ones of `layout` do not fit."""
+        held: list[int] = self.lengths.tolist()
         if len(layout.lengths) != self.num_rows:
             raise DataError(
                 f"{len(layout.lengths)} rows do not fit a cache of {self.num_rows} rows"
@@ -90,7 +94,12 @@ class KVCache:
             raise DataError(
                 f"the cache would hold {longest} tokens a row, but has room for {self.capacity}"
             )
-        return ExtendPlan(self, layout, held)
+        return held
+
+    def hold(self, lengths: torch.Tensor) -> None:
+        """Row b holds `lengths[b]` tokens from now on; (B) int64."""
+        self.lengths = lengths.clone()
+        self.longest = int(lengths.max())
 
     def decode(self) -> DecodePlan:
         """A plan for one further token of every row. Call `commit` after the pass."""
@@ -123,8 +132,7 @@ class KVCache:
         """Forget what row b holds beyond `lengths[b]` tokens; (B) int64, none above the present."""
         if bool((lengths > self.lengths).any()):
             raise DataError("trim can only shorten rows")
-        self.lengths = lengths.clone()
-        self.longest = int(lengths.max())
+        self.hold(lengths)
 
 
 class PrefillPlan:
@@ -134,26 +142,24 @@ class PrefillPlan:
         self.cache = cache
         self.plan = plan
         self.lengths = torch.tensor(layout.lengths, device=cache.device)
-        self.longest = max(layout.lengths)
         rows = torch.repeat_interleave(
             torch.arange(cache.num_rows, device=cache.device), self.lengths
         )
         self.used = len(rows)
         starts = torch.tensor(layout.starts(), device=rows.device)
         self.rows = rows  # (used)
-        self.columns = torch.arange(self.used, device=rows.device) - starts[rows]  # (used)
+        self.positions = torch.arange(self.used, device=rows.device) - starts[rows]  # (used)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot: int) -> torch.Tensor:
         """(T, N, K) each -> (T, N, K)."""
         keys, values = self.cache.keys[slot], self.cache.values[slot]
-        keys[self.rows, :, self.columns] = k[: self.used].to(keys.dtype)
-        values[self.rows, :, self.columns] = v[: self.used].to(keys.dtype)
+        keys[self.rows, :, self.positions] = k[: self.used].to(keys.dtype)
+        values[self.rows, :, self.positions] = v[: self.used].to(keys.dtype)
         return self.plan.attend(q, k, v, slot)
 
     def commit(self) -> None:
         """Count the stored tokens; once, after the forward pass."""
-        self.cache.lengths = self.lengths.clone()
-        self.cache.longest = self.longest
+        self.cache.hold(self.lengths)
 
 
 class ExtendPlan:
@@ -203,8 +209,7 @@ class ExtendPlan:
 
     def commit(self) -> None:
         """Count the stored tokens; once, after the forward pass."""
-        self.cache.lengths = self.lengths.clone()
-        self.cache.longest = int(self.lengths.max())
+        self.cache.hold(self.lengths)
 
 
 class DecodePlan:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import platform
 from pathlib import Path
@@ -54,6 +55,20 @@ def why_no_cuda() -> str:
         f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, sees no GPU (is there "
         "one, and is its driver new enough? `nvidia-smi` tells)"
     )
+
+
+@functools.cache
+def last_cache_bytes() -> int | None:
+    """Size of the processor's last cache, which some or all cores share; None: not known."""
+    sizes = {}
+    for folder in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*"):
+        try:
+            level = int((folder / "level").read_text())
+            size = (folder / "size").read_text().strip()
+            sizes[level] = int(size.removesuffix("K")) << 10
+        except (OSError, ValueError):  # some systems leave a file out, or write it otherwise
+            continue
+    return sizes[max(sizes)] if sizes else None
 
 
 def device_of_rank(local_rank: int) -> torch.device:

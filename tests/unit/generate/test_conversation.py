@@ -9,6 +9,7 @@ from hrmtext.config.generate import GenerateConfig
 from hrmtext.errors import ConfigError, DataError
 from hrmtext.generate import Conversation
 from hrmtext.generate.conversation import answer_conversations
+from hrmtext.generate.step import DecodeStep
 from hrmtext.model import KVCache, make_plan
 
 QUESTIONS = ["count the red letters", "sort them", "what is seven?"]
@@ -102,11 +103,12 @@ def test_an_interrupted_answer_leaves_the_conversation_as_it_was(monkeypatch):
     talk.ask(QUESTIONS[0], SHORT)
     state = list(talk.tokens), talk.num_cached, list(talk._blocks)
 
-    def interrupted(*_):
-        raise KeyboardInterrupt
+    class Interrupted(DecodeStep):
+        def __call__(self, *_):
+            raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(model._steps, "get", lambda _: interrupted)
+        patch.setattr(model._steps, "get", lambda _: Interrupted(model.model))
         with pytest.raises(KeyboardInterrupt):
             talk.ask(QUESTIONS[1], SHORT)
     assert (talk.tokens, talk.num_cached, talk._blocks) == state
@@ -124,7 +126,7 @@ def test_rows_of_different_length_are_extended_together():
     layout = RowLayout.from_prefixes(lengths, lengths)
     plan = cache.prefill(layout, make_plan(layout, dtype=torch.float64))
     tokens = torch.tensor([token for first, _ in rows for token in first])
-    model(tokens, plan.columns, plan)
+    model(tokens, plan.positions, plan)
     plan.commit()
     # One causal token (the end of an answer), then a further prompt.
     further = RowLayout.from_blocks([4, 2], [[(1, 4)], [(1, 2)]], num_tokens=7)

@@ -1,15 +1,17 @@
-"""The C++ decode step gives what the module gives: any shape, depth, architecture, batch."""
+"""The C++ kernel gives what the module gives: any shape, depth, architecture, batch."""
 
 import pytest
 import torch
 from generate_helpers import sentences, text_model
 
+from hrmtext.batch import RowLayout
 from hrmtext.config import preset
 from hrmtext.config.generate import GenerateConfig
-from hrmtext.errors import BackendError
+from hrmtext.errors import BackendError, DataError
 from hrmtext.generate import choice as choice_module
 from hrmtext.generate.choice import Steps
 from hrmtext.generate.cpp import CppStep, build
+from hrmtext.generate.cpp import step as cpp_step
 from hrmtext.generate.step import DecodeStep
 from hrmtext.model import Depth, KVCache, build_model
 
@@ -73,6 +75,75 @@ def test_three_steps_equal_the_modules_within_the_error_of_fp32(changes, num_row
     assert torch.equal(ours.lengths, theirs.lengths) and ours.longest == theirs.longest
 
 
+LENGTHS = (7, 1, 12, 4)
+BLOCKS = ([(0, 7)], [(0, 1)], [(2, 6), (9, 12)], [])
+"""A prompt, a prompt of one token, two turns with an answer between, a causal row."""
+
+
+def reading(config, held):
+    """Tokens, their layout, and the same cache thrice, the last in fp64; `held` in use already."""
+    tokens = torch.arange(sum(LENGTHS)) * 5 % config.vocab_size
+    layout = RowLayout.from_blocks(LENGTHS, BLOCKS)
+    ours = filled_cache(config, len(LENGTHS), 24, seed=2)
+    ours.hold(torch.tensor(held))
+    theirs, wide = copied(ours, config), copied(ours, config)
+    wide.keys = [tensor.double() for tensor in ours.keys]
+    wide.values = [tensor.double() for tensor in ours.values]
+    return tokens, layout, (ours, theirs, wide)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("changes", SHAPES, ids=lambda changes: "-".join(changes) or "test")
+@pytest.mark.parametrize("held", [(0, 0, 0, 0), (3, 0, 12, 5)])
+def test_reading_prompts_equals_the_module_within_the_error_of_fp32(changes, held):
+    config = preset("test", **changes)
+    model = build_model(config, seed=1)
+    exact = build_model(config, seed=1).double()
+    tokens, layout, caches = reading(config, held)
+    found, eager, expected = (
+        step.read(tokens, layout, cache, None, 0.3 if config.H_cycles > 1 else 0.0).double()
+        for step, cache in zip(
+            (CppStep(model), DecodeStep(model), DecodeStep(exact)), caches, strict=True
+        )
+    )
+    assert found.shape == (len(LENGTHS), config.vocab_size)
+    budget = 8 * float((eager - expected).abs().max()) + 1e-6
+    assert float((found - expected).abs().max()) <= budget
+    ours, theirs, _ = caches
+    for a, b in zip((*ours.keys, *ours.values), (*theirs.keys, *theirs.values), strict=True):
+        torch.testing.assert_close(a, b, atol=2e-5, rtol=0)
+    assert ours.lengths.tolist() == [a + b for a, b in zip(held, LENGTHS, strict=True)]
+    assert ours.longest == theirs.longest == max(ours.lengths)
+
+
+@torch.inference_mode()
+def test_prompts_read_in_groups_or_by_several_threads_give_the_same_bits(monkeypatch):
+    config = preset("test")
+    step = CppStep(build_model(config, seed=1))
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads, together in ((1, 512), (1, 8), (3, 512), (2, 1)):
+            torch.set_num_threads(threads)
+            monkeypatch.setattr(cpp_step, "READ_TOKENS", together)
+            tokens, layout, (cache, _, _) = reading(config, (3, 0, 12, 5))
+            logits = step.read(tokens, layout, cache, None, 0.0)
+            found.append((logits, *cache.keys, *cache.values))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(map(torch.equal, found[0], other))
+
+
+@torch.inference_mode()
+def test_prompts_that_do_not_fit_the_cache_are_refused_and_it_stays_as_it_was():
+    config = preset("test")
+    tokens, layout, (cache, _, _) = reading(config, (3, 0, 13, 5))
+    with pytest.raises(DataError, match="would hold 25 tokens"):
+        CppStep(build_model(config, seed=1)).read(tokens, layout, cache, None, 0.0)
+    assert cache.lengths.tolist() == [3, 0, 13, 5]
+
+
 @torch.inference_mode()
 @pytest.mark.parametrize("depth", [(1, 3), (2, 1), (1, 1)])
 def test_fewer_cycles_use_the_slots_of_the_full_recurrence(depth):
@@ -87,6 +158,12 @@ def test_fewer_cycles_use_the_slots_of_the_full_recurrence(depth):
     torch.testing.assert_close(
         found, DecodeStep(model)(tokens, theirs, shallow, 0.0), atol=2e-5, rtol=0
     )
+    tokens, layout, (ours, theirs, _) = reading(config, (3, 0, 12, 5))
+    found, expected = (
+        step(model).read(tokens, layout, cache, shallow, 0.0)
+        for step, cache in ((CppStep, ours), (DecodeStep, theirs))
+    )
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=0)
 
 
 @torch.inference_mode()
@@ -100,6 +177,16 @@ def test_bf16_weights_stay_within_the_error_of_bf16():
     expected = DecodeStep(exact)(tokens, others[0], None, 0.0)
     eager = DecodeStep(model)(tokens, others[1], None, 0.0)
     found = CppStep(model)(tokens, cache, None, 0.0)
+    assert float((found - expected).abs().max()) <= float((eager - expected).abs().max())
+    tokens, layout, caches = reading(config, (0, 0, 0, 0))
+    found, eager, expected = (
+        step.read(tokens, layout, cache, None, 0.0).float()
+        for step, cache in zip(
+            (CppStep(model), DecodeStep(model), DecodeStep(exact)),
+            (caches[0], caches[1], copied(caches[1], config)),
+            strict=True,
+        )
+    )
     assert float((found - expected).abs().max()) <= float((eager - expected).abs().max())
 
 
@@ -196,10 +283,11 @@ def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
         build.library.cache_clear()
 
 
-def test_a_kernel_that_computes_wrongly_is_not_used(monkeypatch, caplog):
+@pytest.mark.parametrize("path", ["__call__", "read"])
+def test_a_kernel_that_computes_wrongly_is_not_used(monkeypatch, caplog, path):
     steps = Steps(build_model(preset("test"), seed=0))
-    honest = CppStep.__call__
-    monkeypatch.setattr(CppStep, "__call__", lambda self, *args: honest(self, *args) * 1.01)
+    honest = getattr(CppStep, path)
+    monkeypatch.setattr(CppStep, path, lambda self, *args: honest(self, *args) * 1.01)
     with pytest.raises(BackendError, match="differ from the module's"):
         steps.get("cpp")
     assert isinstance(steps.get("auto"), DecodeStep)

@@ -1,8 +1,10 @@
-// One decode step of an HRM on a CPU: a token a row through the whole recurrence, over a KV cache.
+// An HRM on a CPU over a KV cache: new tokens of each row through the whole recurrence. In a decode
+// step that is one token a row, in a prefill all of a prompt.
 //
-// Letters: B rows, D hidden size, N heads, K head width, A = N * K, M SwiGLU width, V vocabulary.
+// Letters: T new tokens, B rows of the cache, D hidden size, N heads, K head width, A = N * K,
+// M SwiGLU width, V vocabulary.
 //
-// Threads share every matrix product by its columns and every attention by (row, head), and meet at
+// Threads share every matrix product by its columns and every attention by (token, head), and meet at
 // a barrier after each. What they would have to wait for but is cheap (norms, conversions) each does
 // for itself. Weights come packed in blocks of LANES columns: (columns / LANES, inputs, LANES) in
 // fp32, or (columns / LANES, inputs / 2, LANES, 2) in bf16 where the processor multiplies those.
@@ -94,12 +96,16 @@ struct Model {
 };
 
 struct Step {
-    int64_t rows, H_cycles, L_cycles, capacity, threads;
-    const int64_t *tokens, *lengths;  // (B)
+    int64_t tokens, outputs, H_cycles, L_cycles, capacity, threads;
+    const int64_t* ids;        // (T)
+    const int64_t* rows;       // (T) of the cache; null: token t is row t's
+    const int64_t* positions;  // (T) in its row
+    const int64_t* visible;    // (T) first position that a token does not see; null: the next one
+    const int64_t* select;     // (outputs) tokens whose logits are wanted; null: all
     float *const *keys, *const *values;  // of each slot, (B, N, capacity, K)
-    float* logits;                    // (B, V)
-    float* first_logits;              // (B, V) behind the first H cycle, or null
-    float* workspace;                 // hrm_workspace() floats, of any content
+    float* logits;                       // (outputs, V)
+    float* first_logits;                 // (outputs, V) behind the first H cycle, or null
+    float* workspace;                    // hrm_workspace() floats, of any content
 };
 
 int64_t hrm_lanes() { return LANES; }
@@ -112,11 +118,11 @@ struct Layout {
     int64_t stream, gqkv, attended, hidden, operand, scores;
     explicit Layout(const Model& m, const Step& s) {
         const int64_t A = m.heads * m.head_dim, widest = std::max({m.hidden, A, m.mlp});
-        stream = padded(s.rows * m.hidden);
-        gqkv = padded(s.rows * 4 * A);
-        attended = padded(s.rows * A);
-        hidden = padded(s.rows * m.mlp);
-        operand = padded(s.rows * widest);
+        stream = padded(s.tokens * m.hidden);
+        gqkv = padded(s.tokens * 4 * A);
+        attended = padded(s.tokens * A);
+        hidden = padded(s.tokens * m.mlp);
+        operand = padded(s.tokens * widest);
         scores = padded(s.capacity + 2 * LANES) + padded(m.head_dim);
     }
     int64_t shared() const { return 3 * stream + gqkv + attended + hidden; }
@@ -253,7 +259,8 @@ class Worker {
   public:
     Worker(const Model& model, const Step& step, const Layout& layout, Shared& shared,
            int64_t thread)
-        : m(model), s(step), sh(shared), thread_(thread), A(model.heads * model.head_dim) {
+        : m(model), s(step), sh(shared), thread_(thread), A(model.heads * model.head_dim),
+          rows_(step.tokens), x_(shared.x) {
         own_ = step.workspace + layout.shared() + thread * layout.thread();
         pairs_ = reinterpret_cast<uint32_t*>(own_ + layout.operand);
         query_ = own_ + 2 * layout.operand;
@@ -261,9 +268,9 @@ class Worker {
     }
 
     void run() {
-        const Range mine = part(s.rows, thread_, s.threads);
+        const Range mine = part(s.tokens, thread_, s.threads);
         for (int64_t row = mine.begin; row < mine.end; ++row) {
-            const float* embedded = m.embedding + s.tokens[row] * m.hidden;
+            const float* embedded = m.embedding + s.ids[row] * m.hidden;
             for (int64_t d = 0; d < m.hidden; ++d) {
                 const int64_t at = row * m.hidden + d;
                 sh.z_H[at] = embedded[d] * m.scale;
@@ -273,12 +280,12 @@ class Worker {
         for (int64_t h = 0; h < s.H_cycles; ++h) {
             for (int64_t call = 0; call < s.L_cycles; ++call) {
                 enter(mine, true, true);
-                stack(m.shared ? m.H : m.L, (h * (m.L_slots + 1) + call) * m.layers);
-                leave(mine, sh.z_L);
+                stack(m.shared ? m.H : m.L, (h * (m.L_slots + 1) + call) * m.layers, false);
+                leave(sh.z_L);
             }
             enter(mine, s.L_cycles == 0 || m.H_injection, s.L_cycles > 0);
-            stack(m.H, (h * (m.L_slots + 1) + m.L_slots) * m.layers);
-            leave(mine, sh.z_H);
+            stack(m.H, (h * (m.L_slots + 1) + m.L_slots) * m.layers, h + 1 == s.H_cycles);
+            leave(sh.z_H);
             if (h == 0 && s.first_logits) head(s.first_logits);
         }
         head(s.logits);
@@ -293,9 +300,10 @@ class Worker {
     }
 
     // z = norm(x): the norm at the stack's exit.
-    void leave(Range mine, float* z) {
+    void leave(float* z) {
+        const Range mine = part(rows_, thread_, s.threads);
         for (int64_t row = mine.begin; row < mine.end; ++row)
-            norm(&sh.x[row * m.hidden], &z[row * m.hidden]);
+            norm(&x_[row * m.hidden], &z[row * m.hidden]);
     }
 
     void norm(const float* x, float* out) const {
@@ -312,11 +320,11 @@ class Worker {
     void take(const float* x, int64_t inputs) {
         inputs_ = inputs;
         wide_ = x;
-        if (m.bf16) convert(x, s.rows * inputs);
+        if (m.bf16) convert(x, rows_ * inputs);
     }
 
     void take_normed(const float* x) {
-        for (int64_t row = 0; row < s.rows; ++row)
+        for (int64_t row = 0; row < rows_; ++row)
             norm(x + row * m.hidden, own_ + row * m.hidden);
         take(own_, m.hidden);
     }
@@ -340,12 +348,12 @@ class Worker {
         range = {2 * range.begin, 2 * range.end};
 #if defined(__AVX512BF16__)
         if (m.bf16) {
-            product(static_cast<const uint32_t*>(weights), pairs_, inputs_ / 2, s.rows, range,
+            product(static_cast<const uint32_t*>(weights), pairs_, inputs_ / 2, rows_, range,
                     finish);
             return;
         }
 #endif
-        product(static_cast<const float*>(weights), wide_, inputs_, s.rows, range, finish);
+        product(static_cast<const float*>(weights), wide_, inputs_, rows_, range, finish);
     }
 
     // Columns come in whole pairs of blocks; only a vocabulary may end within one.
@@ -362,58 +370,94 @@ class Worker {
         }
     }
 
-    void add_to_x(int64_t row, int64_t block, Vec left, Vec right) const {
-        float* x = &sh.x[row * m.hidden + block * LANES];
-        store(x, load(x) + left);
-        store(x + LANES, load(x + LANES) + right);
+    // out[row] = from[source] + the products, for two blocks of columns.
+    void add(float* out, int64_t row, const float* from, int64_t source, int64_t block, Vec left,
+             Vec right) const {
+        const int64_t at = block * LANES;
+        from += source * m.hidden + at;
+        out += row * m.hidden + at;
+        store(out, load(from) + left);
+        store(out + LANES, load(from + LANES) + right);
     }
 
-    void stack(const Layer* layers, int64_t first_slot) {
-        for (int64_t i = 0; i < m.layers; ++i) block(layers[i], first_slot + i);
+    void stack(const Layer* layers, int64_t first_slot, bool is_last) {
+        for (int64_t i = 0; i < m.layers; ++i)
+            block(layers[i], first_slot + i, is_last && i + 1 == m.layers);
     }
 
-    void block(const Layer& layer, int64_t slot) {
-        take_normed(sh.x);
+    void block(const Layer& layer, int64_t slot, bool is_last) {
+        take_normed(x_);
         multiply(layer.gqkv, 4 * A, [&](int64_t row, int64_t b, Vec left, Vec right) {
             put(&sh.gqkv[row * 4 * A], 4 * A, b, left, right);
         });
         sh.barrier.wait();
-        const Range mine = part(s.rows * m.heads, thread_, s.threads);
+        Range mine = part(rows_ * m.heads, thread_, s.threads);
         for (int64_t pair = mine.begin; pair < mine.end; ++pair)
-            attend(pair / m.heads, pair % m.heads, slot);
+            remember(pair / m.heads, pair % m.heads, slot);
+        if (s.visible) sh.barrier.wait();  // else each sees its own row, which this thread wrote
+        if (is_last && s.select) {  // of the other tokens no more is needed
+            narrowed_ = true;
+            rows_ = s.outputs;
+            mine = part(rows_ * m.heads, thread_, s.threads);
+        }
+        for (int64_t pair = mine.begin; pair < mine.end; ++pair) {
+            const int64_t row = pair / m.heads;
+            attend(narrowed_ ? s.select[row] : row, pair % m.heads, slot, &sh.attended[row * A]);
+        }
         sh.barrier.wait();
         take(sh.attended, A);
+        const float* before = x_;
+        if (narrowed_) x_ = sh.z_L;  // which nobody reads any more
         multiply(layer.o, m.hidden, [&](int64_t row, int64_t b, Vec left, Vec right) {
-            add_to_x(row, b, left, right);
+            add(x_, row, before, narrowed_ ? s.select[row] : row, b, left, right);
         });
         sh.barrier.wait();
-        take_normed(sh.x);
+        take_normed(x_);
         multiply(layer.gate_up, 2 * m.mlp, [&](int64_t row, int64_t b, Vec gate, Vec up) {
             store(&sh.hidden[row * m.mlp + b / 2 * LANES], gate * sigmoid(gate) * up);
         });
         sh.barrier.wait();
         take(sh.hidden, m.mlp);
         multiply(layer.down, m.hidden, [&](int64_t row, int64_t b, Vec left, Vec right) {
-            add_to_x(row, b, left, right);
+            add(x_, row, x_, row, b, left, right);
         });
         sh.barrier.wait();
     }
 
-    // sigmoid(gate) * attention of one head of one row, over all it holds and the new token.
-    void attend(int64_t row, int64_t n, int64_t slot) {
-        const int64_t K = m.head_dim, position = s.lengths[row];
-        const float* gqkv = &sh.gqkv[row * 4 * A + n * K];
+    // out = x, rotated to a position, times a factor.
+    void rotate(const float* x, int64_t position, float factor, float* out) const {
+        const int64_t K = m.head_dim;
         const float* cos = m.cos + position * K;
         const float* sin = m.sin + position * K;
-        float* keys = s.keys[slot] + (row * m.heads + n) * s.capacity * K;
-        float* values = s.values[slot] + (row * m.heads + n) * s.capacity * K;
-        const float shrink = 1.0f / std::sqrt(float(K));
-        for (int64_t i = 0; i < K; ++i) {
-            const int64_t other = i < K / 2 ? i + K / 2 : i - K / 2;
-            query_[i] = (gqkv[A + i] * cos[i] + gqkv[A + other] * sin[i]) * shrink;
-            keys[position * K + i] = gqkv[2 * A + i] * cos[i] + gqkv[2 * A + other] * sin[i];
-            values[position * K + i] = gqkv[3 * A + i];
+        for (int64_t i = 0; i < K / 2; ++i) {
+            const float left = x[i], right = x[K / 2 + i];
+            out[i] = (left * cos[i] + right * sin[i]) * factor;
+            out[K / 2 + i] = (right * cos[K / 2 + i] + left * sin[K / 2 + i]) * factor;
         }
+    }
+
+    // Where one head of a token's row is in the cache.
+    int64_t place(int64_t token, int64_t n) const {
+        const int64_t row = s.rows ? s.rows[token] : token;
+        return (row * m.heads + n) * s.capacity * m.head_dim;
+    }
+
+    // Write the key and the value of one head of a token.
+    void remember(int64_t token, int64_t n, int64_t slot) {
+        const int64_t K = m.head_dim, at = place(token, n) + s.positions[token] * K;
+        const float* gqkv = &sh.gqkv[token * 4 * A + n * K];
+        rotate(gqkv + 2 * A, s.positions[token], 1.0f, s.keys[slot] + at);
+        std::copy(gqkv + 3 * A, gqkv + 3 * A + K, s.values[slot] + at);
+    }
+
+    // sigmoid(gate) * attention of one head of a token, over what it sees of its row.
+    void attend(int64_t token, int64_t n, int64_t slot, float* attended) {
+        const int64_t K = m.head_dim;
+        const int64_t position = (s.visible ? s.visible[token] - 1 : s.positions[token]);
+        const float* gqkv = &sh.gqkv[token * 4 * A + n * K];
+        const float* keys = s.keys[slot] + place(token, n);
+        const float* values = s.values[slot] + place(token, n);
+        rotate(gqkv + A, s.positions[token], 1.0f / std::sqrt(float(K)), query_);
         int64_t t = 0;
         for (; t + TOGETHER <= position + 1; t += TOGETHER) score<TOGETHER>(keys, values, t);
         for (; t <= position; ++t) score<1>(keys, values, t);
@@ -428,7 +472,7 @@ class Worker {
             totals += weight;
         }
         const float inverse = 1.0f / sum(totals);
-        float* out = &sh.attended[row * A + n * K];
+        float* out = attended + n * K;
         int64_t i = 0;
         for (; i + 4 * LANES <= K; i += 4 * LANES) mix<4>(values, i, position, inverse, gqkv, out);
         for (; i < K; i += LANES) mix<1>(values, i, position, inverse, gqkv, out);
@@ -467,16 +511,28 @@ class Worker {
 
     void head(float* logits) {
         sh.barrier.wait();  // z_H of all rows
-        take(sh.z_H, m.hidden);
+        const int64_t rows = rows_;
+        if (s.select && !narrowed_) {
+            rows_ = s.outputs;
+            for (int64_t row = 0; row < rows_; ++row)
+                std::copy_n(sh.z_H + s.select[row] * m.hidden, m.hidden, own_ + row * m.hidden);
+            take(own_, m.hidden);
+        } else {
+            take(sh.z_H, m.hidden);
+        }
         multiply(m.head, m.vocab, [&](int64_t row, int64_t b, Vec left, Vec right) {
             put(logits + row * m.vocab, m.vocab, b, left, right);
         });
+        rows_ = rows;
     }
 
     const Model& m;
     const Step& s;
     Shared& sh;
     const int64_t thread_, A;
+    int64_t rows_;  // of the stream now
+    float* x_;      // the stream
+    bool narrowed_ = false;  // to the selected tokens
     float *own_, *query_, *scores_;  // this thread's memory
     uint32_t* pairs_;
     const float* wide_ = nullptr;

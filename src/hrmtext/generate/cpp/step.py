@@ -6,17 +6,22 @@ Letters: B rows, V vocabulary, O outputs and I inputs of a projection.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Iterator, Sequence
 from typing import cast
 
 import torch
 
+from hrmtext.batch import RowLayout
 from hrmtext.errors import BackendError
 from hrmtext.generate.cpp.build import library
+from hrmtext.generate.step import guided
 from hrmtext.model import Depth, HrmLM, KVCache
 from hrmtext.model.layers import Block, rotary_tables
 
 MAX_THREADS = 16
 """More would wait at barriers longer than they compute."""
+READ_TOKENS = 512
+"""Tokens of prompts that go through the recurrence together: their activations stay in caches."""
 
 _I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -37,8 +42,9 @@ class _Model(ctypes.Structure):
 
 class _Step(ctypes.Structure):
     _fields_ = [
-        *((name, _I) for name in ("rows", "H_cycles", "L_cycles", "capacity", "threads")),
-        *((name, _P) for name in ("tokens", "lengths")),
+        *((name, _I) for name in ("tokens", "outputs", "H_cycles", "L_cycles")),
+        *((name, _I) for name in ("capacity", "threads")),
+        *((name, _P) for name in ("ids", "rows", "positions", "visible", "select")),
         *((name, ctypes.POINTER(_P)) for name in ("keys", "values")),
         *((name, _P) for name in ("logits", "first_logits", "workspace")),
     ]
@@ -112,31 +118,69 @@ class CppStep:
     ) -> torch.Tensor:
         """(B) tokens, appended to the cache -> (B, V) fp32 logits behind them."""
         cache.require_room()
+        where = {"ids": tokens, "positions": cache.lengths}
+        logits = self._run(where, len(tokens), cache, depth, guidance)
+        cache.advance()
+        return logits
+
+    def read(
+        self,
+        tokens: torch.Tensor,
+        layout: RowLayout,
+        cache: KVCache,
+        depth: Depth | None,
+        guidance: float,
+    ) -> torch.Tensor:
+        """As `StepFunction.read`, whole rows at a time, so that activations stay near the cores."""
+        held = torch.tensor(cache.held_before(layout))  # (B)
+        lengths = torch.tensor(layout.lengths)
+        ends = lengths.cumsum(0)
+        rows = torch.repeat_interleave(torch.arange(len(lengths)), lengths)  # (T)
+        positions = torch.arange(len(rows)) - (ends - lengths - held)[rows]
+        visible = layout.visible_end[: len(rows)] + held[rows]
+        found = []
+        for group in _groups(layout.lengths):
+            part = slice(int(ends[group.start] - lengths[group.start]), int(ends[group.stop - 1]))
+            where = {
+                "ids": tokens[part],
+                "rows": rows[part],
+                "positions": positions[part],
+                "visible": visible[part],
+                "select": ends[group.start : group.stop] - 1 - part.start,
+            }
+            found.append(self._run(where, len(group), cache, depth, guidance))
+        cache.hold(held + lengths)
+        return torch.cat(found)
+
+    def _run(
+        self,
+        where: dict[str, torch.Tensor],
+        outputs: int,
+        cache: KVCache,
+        depth: Depth | None,
+        guidance: float,
+    ) -> torch.Tensor:
+        """`where`: tensors of int64, one for each pointer of that name in the kernel's `Step`."""
         config = self.model.config
-        keys, values = _pointers(cache.keys), _pointers(cache.values)
-        tokens, lengths = tokens.contiguous(), cache.lengths.contiguous()
-        shape = (len(tokens), config.vocab_size)
-        logits = torch.empty(shape)
-        first = torch.empty(shape) if guidance else None
+        where = {name: tensor.contiguous() for name, tensor in where.items()}
+        logits = torch.empty(outputs, config.vocab_size)
+        first = torch.empty_like(logits) if guidance else None
         step = _Step(
-            rows=len(tokens),
+            tokens=len(where["ids"]),
+            outputs=outputs,
             H_cycles=depth.H_cycles if depth else config.H_cycles,
             L_cycles=depth.L_cycles if depth else config.L_cycles,
             capacity=cache.capacity,
             threads=min(torch.get_num_threads(), MAX_THREADS),
-            tokens=tokens.data_ptr(),
-            lengths=lengths.data_ptr(),
-            keys=keys,
-            values=values,
+            keys=_pointers(cache.keys),
+            values=_pointers(cache.values),
             logits=logits.data_ptr(),
             first_logits=None if first is None else first.data_ptr(),
+            **{name: tensor.data_ptr() for name, tensor in where.items()},
         )
         step.workspace = self._memory(step).data_ptr()
         self._library.hrm_step(ctypes.byref(self._packed), ctypes.byref(step))
-        cache.advance()
-        if first is not None:
-            return (1 + guidance) * logits - guidance * first
-        return logits
+        return logits if first is None else guided(first, logits, guidance)
 
     def _memory(self, step: _Step) -> torch.Tensor:
         size = self._library.hrm_workspace(ctypes.byref(self._packed), ctypes.byref(step))
@@ -205,6 +249,17 @@ class CppStep:
         tensor = tensor.detach().contiguous()
         self._kept.append(tensor)
         return tensor.data_ptr()
+
+
+def _groups(lengths: Sequence[int]) -> Iterator[range]:
+    """Consecutive rows of `READ_TOKENS` tokens together, or a single longer one."""
+    start = tokens = 0
+    for row, length in enumerate(lengths):
+        if row > start and tokens + length > READ_TOKENS:
+            yield range(start, row)
+            start, tokens = row, 0
+        tokens += length
+    yield range(start, len(lengths))
 
 
 def _in_bf16(model: HrmLM) -> bool:
