@@ -21,6 +21,7 @@ from hrmtext.batch import RowLayout
 from hrmtext.config.base import nearest
 from hrmtext.errors import BackendError
 from hrmtext.model.attention.flash import FlashPlan
+from hrmtext.model.attention.flex import FlexPlan
 from hrmtext.model.attention.reference import ReferencePlan
 from hrmtext.model.attention.sdpa import SdpaPlan
 from hrmtext.model.attention.varlen import HALF, find_kernel
@@ -36,12 +37,6 @@ class AttentionPlan(Protocol):
         ...
 
 
-def _flex(layout: RowLayout, device: torch.device, dtype: torch.dtype, _: object) -> AttentionPlan:
-    from hrmtext.model.attention.flex import FlexPlan  # a second of imports, for this name only
-
-    return FlexPlan(layout, device, dtype)
-
-
 def _flash(kernel: str | None) -> Callable[..., AttentionPlan]:
     return lambda layout, device, dtype, head_dim: FlashPlan(
         layout, device, dtype, kernel=kernel, head_dim=head_dim
@@ -51,7 +46,7 @@ def _flash(kernel: str | None) -> Callable[..., AttentionPlan]:
 BACKENDS: dict[str, Callable[..., AttentionPlan]] = {
     "reference": lambda layout, device, dtype, _: ReferencePlan(layout, device, dtype),
     "sdpa": lambda layout, device, dtype, _: SdpaPlan(layout, device, dtype),
-    "flex": _flex,
+    "flex": lambda layout, device, dtype, _: FlexPlan(layout, device, dtype),
     "flash": _flash(None),
     "flash_torch": _flash("torch"),
     "flash_attn": _flash("flash_attn"),

@@ -12,21 +12,25 @@ Letters: T tokens of the stream, B blocks of 128 tokens, N heads, K head width.
 from __future__ import annotations
 
 import shutil
-from functools import cache
-from typing import Any
+from functools import cache, cached_property
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from hrmtext.batch import RowLayout
 from hrmtext.errors import BackendError
+from hrmtext.runtime.compile import outside_graphs
 from hrmtext.runtime.transfer import send
+
+if TYPE_CHECKING:  # seconds of imports: where it is used, then
+    from torch.nn.attention.flex_attention import BlockMask
 
 BLOCK = 128
 FORMATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
+@outside_graphs("attend")
 class FlexPlan:
     """The intervals of one micro-batch and their block mask."""
 
@@ -40,10 +44,13 @@ class FlexPlan:
             raise BackendError(f"attention backend 'flex' cannot run: {reason}")
         self.device, self.num_used = device, sum(layout.lengths)
         self.num_padding = layout.num_padding
-        first, end = intervals(layout)
-        self.block_mask = make_block_mask(first, end, device)
+        self.intervals = intervals(layout)
 
-    @torch.compiler.disable
+    @cached_property
+    def block_mask(self) -> BlockMask:
+        """Made at the first call, so that a refusal costs nothing."""
+        return make_block_mask(*self.intervals, self.device)
+
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot: int) -> torch.Tensor:
         """(T, N, K) each -> (T, N, K), zeros behind the last row."""
         del slot
@@ -88,6 +95,8 @@ def intervals(layout: RowLayout) -> tuple[np.ndarray, np.ndarray]:
 
 def make_block_mask(first: np.ndarray, end: np.ndarray, device: torch.device) -> BlockMask:
     """The block mask of intervals: a block counts as mixed where it might hold a visible pair."""
+    from torch.nn.attention.flex_attention import BlockMask
+
     num_tokens = len(first)
     num_blocks = -(-num_tokens // BLOCK)
     at = np.arange(0, num_tokens, BLOCK)
@@ -127,15 +136,16 @@ def _listed(blocks: np.ndarray, device: torch.device) -> tuple[torch.Tensor, tor
     return counted, ordered
 
 
-def _attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_mask: BlockMask) -> Any:
-    """flex_attention under a name of its own.
+@cache
+def _compiled() -> Any:
+    """flex_attention, compiled under a name of its own.
 
     torch keeps what it learns of shapes with the compiled function. Compiled directly, the shapes
     of other libraries' calls count among ours, and with two batch sizes its C++ does not compile.
     """
-    return flex_attention(q, k, v, block_mask=block_mask)
+    from torch.nn.attention.flex_attention import flex_attention
 
+    def attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, block_mask: BlockMask) -> Any:
+        return flex_attention(q, k, v, block_mask=block_mask)
 
-@cache
-def _compiled() -> Any:
-    return torch.compile(_attention)
+    return torch.compile(attention)
