@@ -10,9 +10,10 @@ setup:
 quickstart: setup
 	@$(BIN)/hrm-text quickstart
 
-# One thread a process: the two test workers would fight for the cores otherwise.
+# One thread a process: the two test workers would fight for the cores otherwise. Compiled modules
+# are kept even where the machine says not to: some hundred processes of the tests would compile.
 test: setup
-	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+	@OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n 2 --dist worksteal
 
 lint: setup
 	@$(BIN)/ruff check .
