@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from functools import cache
 
 import pytest
 import torch
@@ -45,12 +46,25 @@ def test_the_way_through_all_forms_ends_with_the_same_file(tmp_path, dtype):
     assert torch.equal(again.logits(PROMPTS[0]), first.logits(PROMPTS[0]))
 
 
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory):
+    """Form -> a model and its folder in that form, each written once."""
+
+    @cache
+    def make(form):
+        folder = tmp_path_factory.mktemp(form)
+        model = model_for(prefix_lm=form != "hf")
+        convert(save_native(model, folder / "start"), folder / "one", form)
+        return model, folder / "one"
+
+    return make
+
+
 @pytest.mark.parametrize("last", FORMS)
 @pytest.mark.parametrize("first", FORMS)
-def test_every_form_converts_into_every_form(tmp_path, first, last):
-    model = model_for(prefix_lm=first != "hf")
-    convert(save_native(model, tmp_path / "start"), tmp_path / "one", first)
-    report = convert(tmp_path / "one", tmp_path / "two", last)
+def test_every_form_converts_into_every_form(converted, tmp_path, first, last):
+    model, start = converted(first)
+    report = convert(start, tmp_path / "two", last)
     assert report.is_bit_equal
     assert report.source_kind == first.removesuffix("-split")
     loaded = hrmtext.load(tmp_path / "two", dtype="fp32")
