@@ -7,6 +7,7 @@ import torch
 from memory_source import random_rows, small_config
 from test_loss import CONFIG, CPU, step_batch
 
+from hrmtext.config.model import preset
 from hrmtext.errors import ConfigError, NonFiniteError
 from hrmtext.model import build_model
 from hrmtext.model.depth import Depth
@@ -16,8 +17,8 @@ from hrmtext.train.precision import ComputeModel
 from hrmtext.train.step import TrainStep
 
 
-def make_step(dtype, **changes):
-    model = build_model(CONFIG, seed=0)
+def make_step(dtype, config=CONFIG, **changes):
+    model = build_model(config, seed=0)
     compute = ComputeModel(model, dtype)
     optimizer = AdamAtan2(model.parameters(), lr=0.1, ema_decay=0.9)
     return TrainStep(compute, optimizer, small_config(**changes), CPU)
@@ -103,11 +104,12 @@ def test_bf16_master_weights_are_refused():
 def test_eight_rows_are_learned_by_heart_in_fp32_and_bf16():
     rows = random_rows(8, seed=4)
     batch = step_batch(rows, 8)
+    config = preset("test", num_layers_per_stack=1, L_cycles=2)
     for dtype in (torch.float32, torch.bfloat16):
-        step = make_step(dtype)
+        step = make_step(dtype, config)
         for index in range(90):
             lr = 0.01 if index < 70 else 0.002
-            result = step.run(batch, depth=Depth.from_bp_steps(CONFIG, 5), lr=lr, step=index)
+            result = step.run(batch, depth=Depth.from_bp_steps(config, 5), lr=lr, step=index)
         loss, _, exact, _ = result.sums.tolist()
         assert loss / batch.num_supervised_tokens < 0.02, dtype
         assert exact == 8, dtype

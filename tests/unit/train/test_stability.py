@@ -198,7 +198,10 @@ def test_norms_are_those_of_every_module_computed_plainly():
     assert set(modules.names) >= {"embedding", "head", "H.1.attention", "L.0.mlp"}
 
 
-LONG = {"epochs": 6, "checkpoint_every": 35, "validate_every": 0, "bp_warmup_ratio": 0.0}
+LONG = {
+    "model": {"preset": "test", "num_layers_per_stack": 1, "L_cycles": 2},
+    "epochs": 6, "checkpoint_every": 35, "validate_every": 0, "bp_warmup_ratio": 0.0,
+}  # fmt: skip
 
 
 def spoiled(monkeypatch, at, factor):
