@@ -19,7 +19,7 @@ from hrmtext.data.tokenize import tokenize_files
 from hrmtext.data.tokenizer import PromptTokenizer, train_tokenizer
 from hrmtext.data.workers import WorkerPool
 from hrmtext.errors import DataError, StorageError
-from hrmtext.runtime.io import exclusive
+from hrmtext.runtime.io import exclusive, fingerprint
 
 NAMES = ("inst_start", "inst_len", "resp_start", "resp_len")
 
@@ -244,6 +244,18 @@ def test_an_interrupted_run_goes_on_where_it_stopped(cleaned, tokenizer, tmp_pat
     monkeypatch.undo()
     report = tokenize_files(root, out, tokenizer)
     assert (report.num_redone, report.num_strata) == (2, 3)
+
+
+def test_a_worker_refuses_a_tokenizer_file_that_is_not_the_one_asked_for(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    file = tmp_path / "tokenizer.json"
+    use = {"file": str(file), "content": fingerprint(file), "key": tokenizer.fingerprint}
+    assert tokenize_module._load_tokenizer(**use).fingerprint == tokenizer.fingerprint
+    assert PromptTokenizer.load(file).fingerprint == tokenizer.fingerprint
+    tokenize_module._load_tokenizer.cache_clear()
+    file.write_bytes(file.read_bytes().replace(b"<|box_end|>", b"<|box_out|>"))
+    with pytest.raises(DataError, match=r"tokenizer\.json was changed while"):
+        tokenize_module._load_tokenizer(**use)
 
 
 def snapshot(folder):
