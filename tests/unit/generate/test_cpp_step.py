@@ -1,5 +1,8 @@
 """The C++ kernel gives what the module gives: any shape, depth, architecture, batch."""
 
+import itertools
+import random
+
 import pytest
 import torch
 from generate_helpers import sentences, text_model
@@ -116,6 +119,10 @@ def test_reading_prompts_equals_the_module_within_the_error_of_fp32(changes, hel
     assert ours.longest == theirs.longest == max(ours.lengths)
 
 
+WAYS = ((1, 512, 0), (1, 8, 0), (3, 512, 0), (2, 1, 0), (2, 512, 1 << 30), (2, 4, 1 << 30))
+"""Threads, tokens of a thread that are read together, weights up to which threads go apart."""
+
+
 @torch.inference_mode()
 def test_prompts_read_in_groups_or_by_several_threads_give_the_same_bits(monkeypatch):
     config = preset("test")
@@ -123,9 +130,10 @@ def test_prompts_read_in_groups_or_by_several_threads_give_the_same_bits(monkeyp
     before = torch.get_num_threads()
     found = []
     try:
-        for threads, together in ((1, 512), (1, 8), (3, 512), (2, 1)):
+        for threads, together, apart in WAYS:
             torch.set_num_threads(threads)
             monkeypatch.setattr(cpp_step, "READ_TOKENS", together)
+            monkeypatch.setattr(cpp_step, "APART_BYTES", apart)
             tokens, layout, (cache, _, _) = reading(config, (3, 0, 12, 5))
             logits = step.read(tokens, layout, cache, None, 0.0)
             found.append((logits, *cache.keys, *cache.values))
@@ -133,6 +141,35 @@ def test_prompts_read_in_groups_or_by_several_threads_give_the_same_bits(monkeyp
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 7])
+def test_threads_share_whole_rows_evenly_or_not_at_all(threads):
+    rng = random.Random(threads)
+    for _ in range(200):
+        ends = list(itertools.accumulate(rng.randint(1, 30) for _ in range(rng.randint(1, 40))))
+        bounds = cpp_step._bounds(ends, threads)
+        if bounds is None:
+            continue
+        tokens, rows = (bound.tolist() for bound in bounds)
+        assert len(tokens) == len(rows) == threads + 1
+        assert tokens == sorted(tokens) and rows[0] == 0 and rows[-1] == len(ends)
+        assert tokens == [ends[row - 1] if row else 0 for row in rows]
+        most = max(b - a for a, b in itertools.pairwise(tokens))
+        assert most <= cpp_step.MOST_UNEVEN * ends[-1] / threads
+    assert (cpp_step._bounds(list(range(1, 33)), threads) is None) == (threads == 1)
+    assert cpp_step._bounds([3, 103, 105], 2) is None
+
+
+@torch.inference_mode()
+def test_long_rows_are_left_to_the_module(monkeypatch):
+    config = preset("test")
+    model = build_model(config, seed=1)
+    tokens, layout, (ours, theirs, _) = reading(config, (3, 0, 12, 5))
+    expected = DecodeStep(model).read(tokens, layout, theirs, None, 0.0)
+    monkeypatch.setattr(cpp_step, "LONGEST_READ", 23)  # the longest holds 12 and reads 12
+    assert torch.equal(CppStep(model).read(tokens, layout, ours, None, 0.0), expected)
+    assert ours.lengths.tolist() == theirs.lengths.tolist()
 
 
 @torch.inference_mode()
@@ -191,7 +228,9 @@ def test_bf16_weights_stay_within_the_error_of_bf16():
 
 
 @torch.inference_mode()
-def test_any_number_of_threads_gives_the_same_bits():
+@pytest.mark.parametrize("apart", [0, 1 << 30])
+def test_any_number_of_threads_gives_the_same_bits(monkeypatch, apart):
+    monkeypatch.setattr(cpp_step, "APART_BYTES", apart)
     config = preset("test")
     step = CppStep(build_model(config, seed=1))
     before = torch.get_num_threads()
@@ -199,7 +238,7 @@ def test_any_number_of_threads_gives_the_same_bits():
     try:
         for threads in (1, 2, 5):
             torch.set_num_threads(threads)
-            found.append(step(torch.arange(7), filled_cache(config, 7, 20, seed=3), None, 0.0))
+            found.append(step(torch.arange(21), filled_cache(config, 21, 20, seed=3), None, 0.3))
     finally:
         torch.set_num_threads(before)
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])

@@ -4,9 +4,11 @@
 // Letters: T new tokens, B rows of the cache, D hidden size, N heads, K head width, A = N * K,
 // M SwiGLU width, V vocabulary.
 //
-// Threads share every matrix product by its columns and every attention by (token, head), and meet at
-// a barrier after each. What they would have to wait for but is cheap (norms, conversions) each does
-// for itself. Weights come packed in blocks of LANES columns: (columns / LANES, inputs, LANES) in
+// Threads go apart, each with rows of its own (`Step.bounds`), and then share nothing that is written:
+// what another core has written is slow to read. Or, with few rows or large weights, they share every
+// matrix product by its columns and every attention by (token, head), and meet at a barrier after
+// each; what they would have to wait for but is cheap (norms, conversions) each does for itself.
+// Weights come packed in blocks of LANES columns: (columns / LANES, inputs, LANES) in
 // fp32, or (columns / LANES, inputs / 2, LANES, 2) in bf16 where the processor multiplies those.
 
 #include <algorithm>
@@ -102,10 +104,13 @@ struct Step {
     const int64_t* positions;  // (T) in its row
     const int64_t* visible;    // (T) first position that a token does not see; null: the next one
     const int64_t* select;     // (outputs) tokens whose logits are wanted; null: all
+    const int64_t* bounds;     // (threads + 1) of each thread's own tokens, whole rows; null: shared
+    const int64_t* output_bounds;  // (threads + 1) of their outputs
     float *const *keys, *const *values;  // of each slot, (B, N, capacity, K)
     float* logits;                       // (outputs, V)
     float* first_logits;                 // (outputs, V) behind the first H cycle, or null
     float* workspace;                    // hrm_workspace() floats, of any content
+    int64_t first;  // number of the first token, where these are a thread's own; else 0
 };
 
 int64_t hrm_lanes() { return LANES; }
@@ -130,9 +135,35 @@ struct Layout {
     static int64_t padded(int64_t count) { return (count + 31) / 32 * 32; }
 };
 
+// A step of one thread's own rows.
+static Step own_step(const Model& m, const Step& s, int64_t thread) {
+    Step own = s;
+    const int64_t first = s.bounds[thread], first_output = s.output_bounds[thread];
+    own.first = first;
+    own.tokens = s.bounds[thread + 1] - first;
+    own.outputs = s.output_bounds[thread + 1] - first_output;
+    own.threads = 1;
+    own.ids += first;
+    own.positions += first;
+    if (s.rows) own.rows += first;
+    if (s.visible) own.visible += first;
+    if (s.select) own.select += first_output;
+    own.logits += first_output * m.vocab;
+    if (s.first_logits) own.first_logits += first_output * m.vocab;
+    return own;
+}
+
 extern "C" int64_t hrm_workspace(const Model* model, const Step* step) {
-    const Layout layout(*model, *step);
-    return layout.shared() + step->threads * layout.thread();
+    if (!step->bounds) {
+        const Layout layout(*model, *step);
+        return layout.shared() + step->threads * layout.thread();
+    }
+    int64_t total = 0;
+    for (int64_t thread = 0; thread < step->threads; ++thread) {
+        const Layout layout(*model, own_step(*model, *step, thread));
+        total += layout.shared() + layout.thread();
+    }
+    return total;
 }
 
 namespace {
@@ -255,6 +286,14 @@ void product(const T* w, const T* x, int64_t inputs, int64_t rows, Range range,
         }
 }
 
+template <class Work>
+void on_threads(int64_t count, const Work& work) {
+    std::vector<std::thread> others;
+    for (int64_t thread = 1; thread < count; ++thread) others.emplace_back(work, thread);
+    work(0);
+    for (auto& other : others) other.join();
+}
+
 class Worker {
   public:
     Worker(const Model& model, const Step& step, const Layout& layout, Shared& shared,
@@ -315,6 +354,11 @@ class Worker {
         const float factor = 1.0f / std::sqrt(total / m.hidden + m.eps);
         for (d = 0; d < m.hidden; ++d) out[d] = x[d] * factor;
     }
+
+    int64_t selected(int64_t output) const { return s.select[output] - s.first; }
+
+    // The token that a row of the stream is of, while the last block narrows it.
+    int64_t source(int64_t row) const { return narrowed_ ? selected(row) : row; }
 
     // What the products to come read: activations of all rows, in the weights' number format.
     void take(const float* x, int64_t inputs) {
@@ -402,14 +446,14 @@ class Worker {
         }
         for (int64_t pair = mine.begin; pair < mine.end; ++pair) {
             const int64_t row = pair / m.heads;
-            attend(narrowed_ ? s.select[row] : row, pair % m.heads, slot, &sh.attended[row * A]);
+            attend(source(row), pair % m.heads, slot, &sh.attended[row * A]);
         }
         sh.barrier.wait();
         take(sh.attended, A);
         const float* before = x_;
         if (narrowed_) x_ = sh.z_L;  // which nobody reads any more
         multiply(layer.o, m.hidden, [&](int64_t row, int64_t b, Vec left, Vec right) {
-            add(x_, row, before, narrowed_ ? s.select[row] : row, b, left, right);
+            add(x_, row, before, source(row), b, left, right);
         });
         sh.barrier.wait();
         take_normed(x_);
@@ -438,7 +482,7 @@ class Worker {
 
     // Where one head of a token's row is in the cache.
     int64_t place(int64_t token, int64_t n) const {
-        const int64_t row = s.rows ? s.rows[token] : token;
+        const int64_t row = s.rows ? s.rows[token] : s.first + token;
         return (row * m.heads + n) * s.capacity * m.head_dim;
     }
 
@@ -515,7 +559,7 @@ class Worker {
         if (s.select && !narrowed_) {
             rows_ = s.outputs;
             for (int64_t row = 0; row < rows_; ++row)
-                std::copy_n(sh.z_H + s.select[row] * m.hidden, m.hidden, own_ + row * m.hidden);
+                std::copy_n(sh.z_H + selected(row) * m.hidden, m.hidden, own_ + row * m.hidden);
             take(own_, m.hidden);
         } else {
             take(sh.z_H, m.hidden);
@@ -541,12 +585,32 @@ class Worker {
 
 }  // namespace
 
+static void work_together(const Model& model, const Step& step) {
+    const Layout layout(model, step);
+    Shared shared(step, layout);
+    on_threads(step.threads, [&](int64_t thread) {
+        Worker(model, step, layout, shared, thread).run();
+    });
+}
+
+static void work_apart(const Model& model, const Step& step) {
+    std::vector<Step> steps;
+    float* workspace = step.workspace;
+    for (int64_t thread = 0; thread < step.threads; ++thread) {
+        steps.push_back(own_step(model, step, thread));
+        steps.back().workspace = workspace;
+        const Layout layout(model, steps.back());
+        workspace += layout.shared() + layout.thread();
+    }
+    on_threads(step.threads, [&](int64_t thread) {
+        const Step& own = steps[size_t(thread)];
+        const Layout layout(model, own);
+        Shared shared(own, layout);
+        Worker(model, own, layout, shared, 0).run();
+    });
+}
+
 extern "C" void hrm_step(const Model* model, const Step* step) {
-    const Layout layout(*model, *step);
-    Shared shared(*step, layout);
-    auto work = [&](int64_t thread) { Worker(*model, *step, layout, shared, thread).run(); };
-    std::vector<std::thread> others;
-    for (int64_t thread = 1; thread < step->threads; ++thread) others.emplace_back(work, thread);
-    work(0);
-    for (auto& other : others) other.join();
+    if (step->bounds) work_apart(*model, *step);
+    else work_together(*model, *step);
 }

@@ -5,7 +5,9 @@ Letters: B rows, V vocabulary, O outputs and I inputs of a projection.
 
 from __future__ import annotations
 
+import bisect
 import ctypes
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import cast
 
@@ -14,14 +16,23 @@ import torch
 from hrmtext.batch import RowLayout
 from hrmtext.errors import BackendError
 from hrmtext.generate.cpp.build import library
-from hrmtext.generate.step import guided
+from hrmtext.generate.step import guided, read_by_module
 from hrmtext.model import Depth, HrmLM, KVCache
 from hrmtext.model.layers import Block, rotary_tables
 
 MAX_THREADS = 16
 """More would wait at barriers longer than they compute."""
-READ_TOKENS = 512
-"""Tokens of prompts that go through the recurrence together: their activations stay in caches."""
+READ_TOKENS = 256
+"""Tokens of prompts that a thread takes through the recurrence together: their activations stay in
+its cache."""
+LONGEST_READ = 512
+"""Tokens of a row up to which the kernel reads it; beyond, torch's attention is faster."""
+MIN_OWN_TOKENS = 4
+"""Tokens a thread from which threads go apart: each then reads all weights for its own rows."""
+MOST_UNEVEN = 1.5
+"""Times an even share that the thread with most tokens may have."""
+APART_BYTES = 16 << 20
+"""Packed weights up to which they do: every thread reads them from its cache, not from memory."""
 
 _I, _F, _P = ctypes.c_int64, ctypes.c_float, ctypes.c_void_p
 
@@ -45,8 +56,10 @@ class _Step(ctypes.Structure):
         *((name, _I) for name in ("tokens", "outputs", "H_cycles", "L_cycles")),
         *((name, _I) for name in ("capacity", "threads")),
         *((name, _P) for name in ("ids", "rows", "positions", "visible", "select")),
+        *((name, _P) for name in ("bounds", "output_bounds")),
         *((name, ctypes.POINTER(_P)) for name in ("keys", "values")),
         *((name, _P) for name in ("logits", "first_logits", "workspace")),
+        ("first", _I),
     ]
 
 
@@ -101,6 +114,7 @@ class CppStep:
         self._kept: list[torch.Tensor] = []  # what the kernel's pointers point to
         self._layers: list[ctypes.Array[_Layer]] = []
         self._workspace = torch.empty(0)
+        self.packed_bytes = packed_bytes(model)
         self.pack()
 
     def pack(self) -> None:
@@ -119,7 +133,7 @@ class CppStep:
         """(B) tokens, appended to the cache -> (B, V) fp32 logits behind them."""
         cache.require_room()
         where = {"ids": tokens, "positions": cache.lengths}
-        logits = self._run(where, len(tokens), cache, depth, guidance)
+        logits = self._run(where, list(range(1, len(tokens) + 1)), cache, depth, guidance)
         cache.advance()
         return logits
 
@@ -131,7 +145,9 @@ class CppStep:
         depth: Depth | None,
         guidance: float,
     ) -> torch.Tensor:
-        """As `StepFunction.read`, whole rows at a time, so that activations stay near the cores."""
+        """See `StepFunction.read`."""
+        if max(layout.lengths) + cache.longest > LONGEST_READ:
+            return read_by_module(self.model, tokens, layout, cache, depth, guidance)
         held = torch.tensor(cache.held_before(layout))  # (B)
         lengths = torch.tensor(layout.lengths)
         ends = lengths.cumsum(0)
@@ -139,7 +155,7 @@ class CppStep:
         positions = torch.arange(len(rows)) - (ends - lengths - held)[rows]
         visible = layout.visible_end[: len(rows)] + held[rows]
         found = []
-        for group in _groups(layout.lengths):
+        for group in _groups(layout.lengths, READ_TOKENS * self._threads()):
             part = slice(int(ends[group.start] - lengths[group.start]), int(ends[group.stop - 1]))
             where = {
                 "ids": tokens[part],
@@ -148,20 +164,32 @@ class CppStep:
                 "visible": visible[part],
                 "select": ends[group.start : group.stop] - 1 - part.start,
             }
-            found.append(self._run(where, len(group), cache, depth, guidance))
+            row_ends = (ends[group.start : group.stop] - part.start).tolist()
+            found.append(self._run(where, row_ends, cache, depth, guidance))
         cache.hold(held + lengths)
         return torch.cat(found)
 
     def _run(
         self,
         where: dict[str, torch.Tensor],
-        outputs: int,
+        row_ends: list[int],
         cache: KVCache,
         depth: Depth | None,
         guidance: float,
     ) -> torch.Tensor:
-        """`where`: tensors of int64, one for each pointer of that name in the kernel's `Step`."""
+        """Logits behind each row.
+
+        Args:
+            where: tensors of int64, one for each pointer of that name in the kernel's `Step`.
+            row_ends: where each row's tokens end among all.
+        """
         config = self.model.config
+        threads, outputs = self._threads(), len(row_ends)
+        bounds = None
+        if self.packed_bytes <= APART_BYTES:
+            bounds = _bounds(row_ends, threads)
+        if bounds is not None:
+            where |= {"bounds": bounds[0], "output_bounds": bounds[1]}
         where = {name: tensor.contiguous() for name, tensor in where.items()}
         logits = torch.empty(outputs, config.vocab_size)
         first = torch.empty_like(logits) if guidance else None
@@ -171,7 +199,7 @@ class CppStep:
             H_cycles=depth.H_cycles if depth else config.H_cycles,
             L_cycles=depth.L_cycles if depth else config.L_cycles,
             capacity=cache.capacity,
-            threads=min(torch.get_num_threads(), MAX_THREADS),
+            threads=threads,
             keys=_pointers(cache.keys),
             values=_pointers(cache.values),
             logits=logits.data_ptr(),
@@ -181,6 +209,9 @@ class CppStep:
         step.workspace = self._memory(step).data_ptr()
         self._library.hrm_step(ctypes.byref(self._packed), ctypes.byref(step))
         return logits if first is None else guided(first, logits, guidance)
+
+    def _threads(self) -> int:
+        return min(torch.get_num_threads(), MAX_THREADS)
 
     def _memory(self, step: _Step) -> torch.Tensor:
         size = self._library.hrm_workspace(ctypes.byref(self._packed), ctypes.byref(step))
@@ -251,15 +282,33 @@ class CppStep:
         return tensor.data_ptr()
 
 
-def _groups(lengths: Sequence[int]) -> Iterator[range]:
-    """Consecutive rows of `READ_TOKENS` tokens together, or a single longer one."""
+def _groups(lengths: Sequence[int], most: int) -> Iterator[range]:
+    """Consecutive rows of at most so many tokens together, or a single longer one."""
     start = tokens = 0
     for row, length in enumerate(lengths):
-        if row > start and tokens + length > READ_TOKENS:
+        if row > start and tokens + length > most:
             yield range(start, row)
             start, tokens = row, 0
         tokens += length
     yield range(start, len(lengths))
+
+
+def _bounds(row_ends: list[int], threads: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """(threads + 1) tokens and rows at which each thread begins; None: they do not divide well."""
+    share = row_ends[-1] / threads
+    if threads == 1 or share < MIN_OWN_TOKENS:
+        return None
+    tokens, rows = [0], [0]
+    for thread in range(1, threads + 1):
+        wanted = row_ends[-1] * thread / threads
+        row = bisect.bisect_left(row_ends, wanted)  # the first that ends there or behind
+        before = row_ends[row - 1] if row else 0
+        is_nearer = row_ends[row] - wanted <= wanted - before
+        rows.append(row + is_nearer)
+        tokens.append(row_ends[row] if is_nearer else before)
+    if max(b - a for a, b in itertools.pairwise(tokens)) > MOST_UNEVEN * share:
+        return None
+    return torch.tensor(tokens), torch.tensor(rows)
 
 
 def _in_bf16(model: HrmLM) -> bool:
