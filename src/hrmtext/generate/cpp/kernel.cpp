@@ -38,6 +38,17 @@ static inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p)
 static inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
 static inline Vec spread(float x) { return x - Vec{}; }
 
+// Keep a vector in a register: with few rows compilers load it anew for every product it is in.
+static inline void keep(Vec& v) {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(v));
+#elif defined(__AVX__)
+    __asm__("" : "+x"(v));
+#else
+    (void)v;
+#endif
+}
+
 static inline float sum(Vec v) {
     float part[LANES];
     store(part, v);
@@ -218,16 +229,20 @@ Range part(int64_t count, int64_t thread, int64_t threads) {
 // acc[r][b] = the products of row r with the columns of block b.
 template <int ROWS, int BLOCKS>
 inline void tile(const float* w, const float* x, int64_t inputs, Vec (&acc)[ROWS][BLOCKS]) {
-    for (int r = 0; r < ROWS; ++r)
-        for (int b = 0; b < BLOCKS; ++b) acc[r][b] = Vec{};
+    Vec sums[ROWS][BLOCKS] = {};  // not `acc`, which for all the compiler knows `x` may point to
     for (int64_t k = 0; k < inputs; ++k) {
         Vec weights[BLOCKS];
-        for (int b = 0; b < BLOCKS; ++b) weights[b] = load(w + (b * inputs + k) * LANES);
+        for (int b = 0; b < BLOCKS; ++b) {
+            weights[b] = load(w + (b * inputs + k) * LANES);
+            if (ROWS > 1) keep(weights[b]);
+        }
         for (int r = 0; r < ROWS; ++r) {
             const Vec value = spread(x[r * inputs + k]);
-            for (int b = 0; b < BLOCKS; ++b) acc[r][b] += value * weights[b];
+            for (int b = 0; b < BLOCKS; ++b) sums[r][b] += value * weights[b];
         }
     }
+    for (int r = 0; r < ROWS; ++r)
+        for (int b = 0; b < BLOCKS; ++b) acc[r][b] = sums[r][b];
 }
 
 #if defined(__AVX512BF16__)
