@@ -24,6 +24,7 @@ from transformers.utils.output_capturing import capture_outputs
 from hrmtext.artifacts.names import outside_names, tensor_names
 from hrmtext.config.model import ModelConfig
 from hrmtext.errors import CheckpointError, ConfigError
+from hrmtext.hf.answer_types import AnswerTypes
 from hrmtext.hf.attention import (
     DensePlan,
     Owner,
@@ -240,7 +241,7 @@ class HrmTextModel(HrmTextPreTrainedModel):
         return self._gradient_checkpointing_func(block.__call__, *arguments)
 
 
-class HrmTextForCausalLM(HrmTextPreTrainedModel, GenerationMixin):
+class HrmTextForCausalLM(HrmTextPreTrainedModel, AnswerTypes, GenerationMixin):
     """HRM-Text with its head: transformers' `HrmTextForCausalLM` over fused projections."""
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
@@ -317,19 +318,6 @@ class HrmTextForCausalLM(HrmTextPreTrainedModel, GenerationMixin):
                 "another; under PrefixLM the whole prompt is one block: leave it out"
             )
         return cast(Any, super()).generate(*args, **kwargs)
-
-    def _update_model_kwargs_for_generation(
-        self, outputs: Any, model_kwargs: dict[str, Any], *args: Any, **kwargs: Any
-    ) -> dict[str, Any]:
-        # transformers repeats the last type, 1 after a prompt: without a cache, the answer would
-        # become part of the bidirectional block.
-        types = model_kwargs.get("token_type_ids")
-        updated = super()._update_model_kwargs_for_generation(
-            outputs, model_kwargs, *args, **kwargs
-        )
-        if types is not None and updated.get("token_type_ids") is not None:
-            updated["token_type_ids"][:, types.shape[1] :] = 0
-        return updated
 
     @staticmethod
     def create_masks_for_generate(

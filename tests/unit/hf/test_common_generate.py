@@ -108,8 +108,9 @@ def test_static_cache_compiled():
     assert hasattr(model, "_compiled_call"), "generate did not compile"
 
 
-def test_assisted_decoding_changes_no_token():
-    model = small_model()
+@pytest.mark.parametrize("seed", range(4))
+def test_assisted_decoding_changes_no_token(seed):
+    model = small_model(seed)
     ids = prompts((9,))["input_ids"]
     batch = {"input_ids": ids, "token_type_ids": torch.ones_like(ids)}
     batch["attention_mask"] = torch.ones_like(ids)
