@@ -7,11 +7,11 @@ import torch
 from hrmtext.batch import RowLayout
 from hrmtext.errors import BackendError
 from hrmtext.generate.cpp import CppStep
-from hrmtext.generate.cpp.build import compiler
 from hrmtext.generate.cpp.step import packed_bytes, why_not
 from hrmtext.generate.step import DecodeStep, StepFunction
 from hrmtext.model import HrmLM, KVCache
 from hrmtext.runtime.log import logger
+from hrmtext.runtime.native import compiler
 
 CPP_BYTES = 256 << 20
 """Packed weights that `auto` allows: beyond, steps are bound by memory, not by overhead."""

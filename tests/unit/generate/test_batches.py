@@ -8,8 +8,8 @@ from generate_helpers import sentences, text_model
 from hrmtext.config.generate import GenerateConfig
 from hrmtext.generate import runner as runner_module
 from hrmtext.generate.batches import MIN_NEAR_ROWS, NEAR_ANSWER_TOKENS, near_tokens, plan_batches
-from hrmtext.generate.cpp.build import compiler
 from hrmtext.runtime.device import last_cache_bytes
+from hrmtext.runtime.native import compiler
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1,8 +1,5 @@
 """The C++ kernel gives what the module gives: any shape, depth, architecture, batch."""
 
-import itertools
-import random
-
 import pytest
 import torch
 from generate_helpers import sentences, text_model
@@ -13,12 +10,13 @@ from hrmtext.config.generate import GenerateConfig
 from hrmtext.errors import BackendError, DataError
 from hrmtext.generate import choice as choice_module
 from hrmtext.generate.choice import Steps
-from hrmtext.generate.cpp import CppStep, build
+from hrmtext.generate.cpp import CppStep
 from hrmtext.generate.cpp import step as cpp_step
 from hrmtext.generate.step import DecodeStep
 from hrmtext.model import Depth, KVCache, build_model
+from hrmtext.runtime.native import build, compiler
 
-pytestmark = pytest.mark.skipif(build.compiler() is None, reason="needs a C++ compiler")
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
 
 PROMPTS = sentences(13, seed=4)
 SHAPES = [
@@ -141,24 +139,6 @@ def test_prompts_read_in_groups_or_by_several_threads_give_the_same_bits(monkeyp
         torch.set_num_threads(before)
     for other in found[1:]:
         assert all(map(torch.equal, found[0], other))
-
-
-@pytest.mark.parametrize("threads", [1, 2, 3, 7])
-def test_threads_share_whole_rows_evenly_or_not_at_all(threads):
-    rng = random.Random(threads)
-    for _ in range(200):
-        ends = list(itertools.accumulate(rng.randint(1, 30) for _ in range(rng.randint(1, 40))))
-        bounds = cpp_step._bounds(ends, threads)
-        if bounds is None:
-            continue
-        tokens, rows = (bound.tolist() for bound in bounds)
-        assert len(tokens) == len(rows) == threads + 1
-        assert tokens == sorted(tokens) and rows[0] == 0 and rows[-1] == len(ends)
-        assert tokens == [ends[row - 1] if row else 0 for row in rows]
-        most = max(b - a for a, b in itertools.pairwise(tokens))
-        assert most <= cpp_step.MOST_UNEVEN * ends[-1] / threads
-    assert (cpp_step._bounds(list(range(1, 33)), threads) is None) == (threads == 1)
-    assert cpp_step._bounds([3, 103, 105], 2) is None
 
 
 @torch.inference_mode()
@@ -294,32 +274,36 @@ def test_odd_widths_are_refused_by_name_and_left_to_eager_by_auto(changes):
         steps.get("cpp")
 
 
+@pytest.fixture
+def nothing_built():
+    """No kernel is loaded yet, and none that the test makes is kept."""
+    for cached in (cpp_step.library, build.load_kernel):
+        cached.cache_clear()
+    yield
+    for cached in (cpp_step.library, build.load_kernel):
+        cached.cache_clear()
+
+
+@pytest.mark.usefixtures("nothing_built")
 def test_without_a_compiler_auto_is_eager_and_the_name_is_refused(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    build.library.cache_clear()
-    try:
-        steps = Steps(build_model(preset("test"), seed=0))
-        assert isinstance(steps.get("auto"), DecodeStep)
-        with pytest.raises(BackendError, match=r"C\+\+ compiler"):
-            steps.get("cpp")
-    finally:
-        build.library.cache_clear()
+    steps = Steps(build_model(preset("test"), seed=0))
+    assert isinstance(steps.get("auto"), DecodeStep)
+    with pytest.raises(BackendError, match=r"C\+\+ compiler"):
+        steps.get("cpp")
 
 
+@pytest.mark.usefixtures("nothing_built")
 def test_a_compiler_that_fails_is_quoted(monkeypatch, tmp_path):
     fake = tmp_path / "g++"
     fake.write_text("#!/bin/sh\necho it broke >&2\nexit 1\n")
     fake.chmod(0o755)
     monkeypatch.setenv("CXX", str(fake))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    build.library.cache_clear()
-    try:
-        with pytest.raises(BackendError, match="it broke"):
-            build.library()
-        assert not list((tmp_path / "cache").rglob("*.so"))
-    finally:
-        build.library.cache_clear()
+    with pytest.raises(BackendError, match="it broke"):
+        cpp_step.library()
+    assert not list((tmp_path / "cache").rglob("*.so"))
 
 
 @pytest.mark.parametrize("path", ["__call__", "read"])

@@ -8,85 +8,17 @@
 // what another core has written is slow to read. Or, with few rows or large weights, they share every
 // matrix product by its columns and every attention by (token, head), and meet at a barrier after
 // each; what they would have to wait for but is cheap (norms, conversions) each does for itself.
-// Weights come packed in blocks of LANES columns: (columns / LANES, inputs, LANES) in
-// fp32, or (columns / LANES, inputs / 2, LANES, 2) in bf16 where the processor multiplies those.
+// Weights come packed, as products.h says.
 
 #include <algorithm>
-#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <thread>
 #include <vector>
 
-#if defined(__AVX512F__)
-#include <immintrin.h>
-constexpr int LANES = 16, TILE_ROWS = 12;
-#else
-constexpr int LANES = 8, TILE_ROWS = 6;  // of 16 registers, 12 hold sums
-#endif
-#if defined(__AVX512BF16__)
-constexpr bool HAS_BF16 = true;
-#else
-constexpr bool HAS_BF16 = false;
-#endif
-
-typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-typedef int32_t IntVec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
-
-static inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
-static inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
-static inline Vec spread(float x) { return x - Vec{}; }
-
-// Keep a vector in a register: with few rows compilers load it anew for every product it is in.
-static inline void keep(Vec& v) {
-#if defined(__AVX512F__)
-    __asm__("" : "+v"(v));
-#elif defined(__AVX__)
-    __asm__("" : "+x"(v));
-#else
-    (void)v;
-#endif
-}
-
-static inline float sum(Vec v) {
-    float part[LANES];
-    store(part, v);
-    for (int width = LANES / 2; width; width /= 2)  // a tree: short chains, vectorised
-        for (int i = 0; i < width; ++i) part[i] += part[i + width];
-    return part[0];
-}
-
-// exp to about 1 ulp: 2^n times a polynomial of the rest, within +-ln(2)/2.
-static inline Vec exp_of(Vec x) {
-    const Vec low = spread(-87.0f), high = spread(88.0f);
-    x = x < low ? low : x;
-    x = x > high ? high : x;
-    const Vec magic = spread(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
-    const Vec n = (x * spread(1.44269504088896341f) + magic) - magic;
-    Vec r = x - n * spread(0.693359375f);
-    r = r - n * spread(-2.12194440e-4f);
-    Vec p = spread(1.9875691500e-4f);
-    p = p * r + spread(1.3981999507e-3f);
-    p = p * r + spread(8.3334519073e-3f);
-    p = p * r + spread(4.1665795894e-2f);
-    p = p * r + spread(1.6666665459e-1f);
-    p = p * r + spread(5.0000001201e-1f);
-    p = p * r * r + r + spread(1.0f);
-    const IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
-    Vec scale;
-    std::memcpy(&scale, &power, sizeof(scale));
-    return p * scale;
-}
-
-static inline Vec sigmoid(Vec x) { return spread(1.0f) / (spread(1.0f) + exp_of(-x)); }
-
-static inline uint16_t to_bf16(float x) {
-    uint32_t bits;
-    std::memcpy(&bits, &x, 4);
-    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40);  // NaN stays NaN
-    return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
-}
+#include "products.h"
+#include "threads.h"
+#include "vectors.h"
 
 extern "C" {
 
@@ -179,30 +111,6 @@ extern "C" int64_t hrm_workspace(const Model* model, const Step* step) {
 
 namespace {
 
-class Barrier {
-  public:
-    explicit Barrier(int count) : count_(count) {}
-    void wait() {
-        if (count_ == 1) return;
-        const int turn = turn_.load(std::memory_order_relaxed);
-        if (arrived_.fetch_add(1, std::memory_order_acq_rel) == count_ - 1) {
-            arrived_.store(0, std::memory_order_relaxed);
-            turn_.store(turn + 1, std::memory_order_release);
-            return;
-        }
-        for (int spins = 0; turn_.load(std::memory_order_acquire) == turn; ++spins) {
-            if (spins > 4000) std::this_thread::yield();  // more threads than free cores
-#if defined(__x86_64__)
-            else __builtin_ia32_pause();
-#endif
-        }
-    }
-
-  private:
-    const int count_;
-    std::atomic<int> arrived_{0}, turn_{0};
-};
-
 struct Shared {
     float *x, *z_H, *z_L, *gqkv, *attended, *hidden;
     Barrier barrier;
@@ -217,97 +125,6 @@ struct Shared {
 };
 
 constexpr int TOGETHER = 8;
-
-struct Range {
-    int64_t begin, end;
-};
-
-Range part(int64_t count, int64_t thread, int64_t threads) {
-    return {count * thread / threads, count * (thread + 1) / threads};
-}
-
-// acc[r][b] = the products of row r with the columns of block b.
-template <int ROWS, int BLOCKS>
-inline void tile(const float* w, const float* x, int64_t inputs, Vec (&acc)[ROWS][BLOCKS]) {
-    Vec sums[ROWS][BLOCKS] = {};  // not `acc`, which for all the compiler knows `x` may point to
-    for (int64_t k = 0; k < inputs; ++k) {
-        Vec weights[BLOCKS];
-        for (int b = 0; b < BLOCKS; ++b) {
-            weights[b] = load(w + (b * inputs + k) * LANES);
-            if (ROWS > 1) keep(weights[b]);
-        }
-        for (int r = 0; r < ROWS; ++r) {
-            const Vec value = spread(x[r * inputs + k]);
-            for (int b = 0; b < BLOCKS; ++b) sums[r][b] += value * weights[b];
-        }
-    }
-    for (int r = 0; r < ROWS; ++r)
-        for (int b = 0; b < BLOCKS; ++b) acc[r][b] = sums[r][b];
-}
-
-#if defined(__AVX512BF16__)
-template <int ROWS, int BLOCKS>
-inline void tile(const uint32_t* w, const uint32_t* x, int64_t pairs, Vec (&acc)[ROWS][BLOCKS]) {
-    __m512 sums[ROWS][BLOCKS];
-    for (int r = 0; r < ROWS; ++r)
-        for (int b = 0; b < BLOCKS; ++b) sums[r][b] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < pairs; ++k) {
-        __m512bh weights[BLOCKS];
-        for (int b = 0; b < BLOCKS; ++b)
-            weights[b] = (__m512bh)_mm512_loadu_si512(w + (b * pairs + k) * LANES);
-        for (int r = 0; r < ROWS; ++r) {
-            const __m512bh value = (__m512bh)_mm512_set1_epi32(int(x[r * pairs + k]));
-            for (int b = 0; b < BLOCKS; ++b)
-                sums[r][b] = _mm512_dpbf16_ps(sums[r][b], weights[b], value);
-        }
-    }
-    for (int r = 0; r < ROWS; ++r)
-        for (int b = 0; b < BLOCKS; ++b) acc[r][b] = (Vec)sums[r][b];
-}
-#endif
-
-template <int ROWS, int BLOCKS, class T, class Finish>
-inline void finished_tile(const T* w, const T* x, int64_t inputs, int64_t row, int64_t block,
-                          const Finish& finish) {
-    Vec acc[ROWS][BLOCKS];
-    tile<ROWS, BLOCKS>(w + block * inputs * LANES, x + row * inputs, inputs, acc);
-    for (int r = 0; r < ROWS; ++r)
-        for (int b = 0; b < BLOCKS; b += 2) finish(row + r, block + b, acc[r][b], acc[r][b + 1]);
-}
-
-template <int ROWS, class T, class Finish>
-inline void rows_tile(int64_t count, const T* w, const T* x, int64_t inputs, int64_t row,
-                      int64_t block, const Finish& finish) {
-    if constexpr (ROWS > 0) {
-        if (count == ROWS) finished_tile<ROWS, 2>(w, x, inputs, row, block, finish);
-        else rows_tile<ROWS - 1>(count, w, x, inputs, row, block, finish);
-    }
-}
-
-// Blocks [range) of the product, two at a time; `finish(row, block, left, right)` gets the sums.
-template <class T, class Finish>
-void product(const T* w, const T* x, int64_t inputs, int64_t rows, Range range,
-             const Finish& finish) {
-    const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    int64_t block = range.begin;
-    if (rows == 1)  // enough sums at once to hide the latency of one
-        for (; block + 8 <= range.end; block += 8)
-            finished_tile<1, 8>(w, x, inputs, 0, block, finish);
-    for (; block < range.end; block += 2)
-        for (int64_t t = 0; t < tiles; ++t) {
-            const Range tile_rows = part(rows, t, tiles);  // of like size
-            rows_tile<TILE_ROWS>(tile_rows.end - tile_rows.begin, w, x, inputs, tile_rows.begin,
-                                 block, finish);
-        }
-}
-
-template <class Work>
-void on_threads(int64_t count, const Work& work) {
-    std::vector<std::thread> others;
-    for (int64_t thread = 1; thread < count; ++thread) others.emplace_back(work, thread);
-    work(0);
-    for (auto& other : others) other.join();
-}
 
 class Worker {
   public:
@@ -407,12 +224,12 @@ class Worker {
         range = {2 * range.begin, 2 * range.end};
 #if defined(__AVX512BF16__)
         if (m.bf16) {
-            product(static_cast<const uint32_t*>(weights), pairs_, inputs_ / 2, rows_, range,
-                    finish);
+            product(static_cast<const uint32_t*>(weights), pairs_, inputs_ / 2, inputs_ / 2, rows_,
+                    range, finish);
             return;
         }
 #endif
-        product(static_cast<const float*>(weights), wide_, inputs_, rows_, range, finish);
+        product(static_cast<const float*>(weights), wide_, inputs_, inputs_, rows_, range, finish);
     }
 
     // Columns come in whole pairs of blocks; only a vocabulary may end within one.

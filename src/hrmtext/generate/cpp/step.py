@@ -1,24 +1,26 @@
 """The decode step by the C++ kernel: packed weights, and calls that look like `DecodeStep`.
 
-Letters: B rows, V vocabulary, O outputs and I inputs of a projection.
+Letters: B rows, T tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import bisect
 import ctypes
-import itertools
+import functools
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import cast
 
 import torch
 
 from hrmtext.batch import RowLayout
 from hrmtext.errors import BackendError
-from hrmtext.generate.cpp.build import library
 from hrmtext.generate.step import guided, read_by_module
 from hrmtext.model import Depth, HrmLM, KVCache
 from hrmtext.model.layers import Block, rotary_tables
+from hrmtext.runtime.native import load_kernel
+from hrmtext.runtime.native.pack import alternate, pack_columns
+from hrmtext.runtime.native.share import even_shares
 
 MAX_THREADS = 16
 """More would wait at barriers longer than they compute."""
@@ -29,8 +31,6 @@ LONGEST_READ = 512
 """Tokens of a row up to which the kernel reads it; beyond, torch's attention is faster."""
 MIN_OWN_TOKENS = 4
 """Tokens a thread from which threads go apart: each then reads all weights for its own rows."""
-MOST_UNEVEN = 1.5
-"""Times an even share that the thread with most tokens may have."""
 APART_BYTES = 16 << 20
 """Packed weights up to which they do: every thread reads them from its cache, not from memory."""
 
@@ -61,6 +61,16 @@ class _Step(ctypes.Structure):
         *((name, _P) for name in ("logits", "first_logits", "workspace")),
         ("first", _I),
     ]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The kernel; BackendError where it cannot be built."""
+    loaded = load_kernel(Path(__file__).with_name("kernel.cpp"), "step=cpp")
+    for name in ("hrm_lanes", "hrm_has_bf16", "hrm_workspace"):
+        getattr(loaded, name).restype = ctypes.c_int64
+    loaded.hrm_step.restype = None
+    return loaded
 
 
 def why_not(model: HrmLM) -> str | None:
@@ -185,11 +195,11 @@ class CppStep:
         """
         config = self.model.config
         threads, outputs = self._threads(), len(row_ends)
-        bounds = None
+        shares = None
         if self.packed_bytes <= APART_BYTES:
-            bounds = _bounds(row_ends, threads)
-        if bounds is not None:
-            where |= {"bounds": bounds[0], "output_bounds": bounds[1]}
+            shares = even_shares(row_ends, threads, MIN_OWN_TOKENS)
+        if shares is not None:
+            where |= {"bounds": torch.tensor(shares[0]), "output_bounds": torch.tensor(shares[1])}
         where = {name: tensor.contiguous() for name, tensor in where.items()}
         logits = torch.empty(outputs, config.vocab_size)
         first = torch.empty_like(logits) if guidance else None
@@ -254,27 +264,16 @@ class CppStep:
         return layers
 
     def _pack_block(self, block: Block) -> _Layer:
-        gate, up = (self._pack(half) for half in block.mlp.gate_up_proj.weight.chunk(2))
-        alternating = torch.stack((gate, up), dim=1).flatten(0, 1)
+        gate_up = alternate(block.mlp.gate_up_proj.weight, self._lanes, bf16=self._bf16)
         return _Layer(
             gqkv=self._keep(self._pack(block.attn.gqkv_proj.weight)),
             o=self._keep(self._pack(block.attn.o_proj.weight)),
-            gate_up=self._keep(alternating),
+            gate_up=self._keep(gate_up),
             down=self._keep(self._pack(block.mlp.down_proj.weight)),
         )
 
     def _pack(self, weight: torch.Tensor) -> torch.Tensor:
-        """(O, I) -> (O / lanes, I, lanes) in fp32 or (O / lanes, I / 2, lanes, 2) in bf16.
-
-        Outputs are padded with zeros to a multiple of two blocks.
-        """
-        weight = weight.detach().to(torch.bfloat16 if self._bf16 else torch.float32)
-        missing = -len(weight) % (2 * self._lanes)
-        weight = torch.nn.functional.pad(weight, (0, 0, 0, missing))
-        blocks = weight.unflatten(0, (-1, self._lanes))  # (O / lanes, lanes, I)
-        if self._bf16:
-            return blocks.unflatten(2, (-1, 2)).transpose(1, 2).contiguous()
-        return blocks.transpose(1, 2).contiguous()
+        return pack_columns(weight, self._lanes, bf16=self._bf16)
 
     def _keep(self, tensor: torch.Tensor) -> int:
         tensor = tensor.detach().contiguous()
@@ -291,24 +290,6 @@ def _groups(lengths: Sequence[int], most: int) -> Iterator[range]:
             start, tokens = row, 0
         tokens += length
     yield range(start, len(lengths))
-
-
-def _bounds(row_ends: list[int], threads: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """(threads + 1) tokens and rows at which each thread begins; None: they do not divide well."""
-    share = row_ends[-1] / threads
-    if threads == 1 or share < MIN_OWN_TOKENS:
-        return None
-    tokens, rows = [0], [0]
-    for thread in range(1, threads + 1):
-        wanted = row_ends[-1] * thread / threads
-        row = bisect.bisect_left(row_ends, wanted)  # the first that ends there or behind
-        before = row_ends[row - 1] if row else 0
-        is_nearer = row_ends[row] - wanted <= wanted - before
-        rows.append(row + is_nearer)
-        tokens.append(row_ends[row] if is_nearer else before)
-    if max(b - a for a, b in itertools.pairwise(tokens)) > MOST_UNEVEN * share:
-        return None
-    return torch.tensor(tokens), torch.tensor(rows)
 
 
 def _in_bf16(model: HrmLM) -> bool:

@@ -1,4 +1,4 @@
-"""Building the kernel for this processor with its own compiler, once a machine."""
+"""Building C++ kernels for this processor with its own compiler, once a machine."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pathlib import Path
 from hrmtext.errors import BackendError
 from hrmtext.runtime.log import logger
 
-SOURCE = Path(__file__).with_name("kernel.cpp")
+HEADERS = Path(__file__).parent
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
 NATIVE = ("-march=native", "-mcpu=native")
@@ -32,11 +32,14 @@ def compiler() -> str | None:
 
 
 @functools.cache
-def library() -> ctypes.CDLL:
-    """The kernel as a shared library, built where this machine has not built this source yet.
+def load_kernel(source: Path, use: str) -> ctypes.CDLL:
+    """A C++ file as a shared library, built where this machine has not built this source yet.
 
     It is kept in the user's cache folder under a name that holds the source, the compiler and the
     processor's instructions, so that another machine with the same home folder builds its own.
+
+    Args:
+        use: what it is for and how one does without, for the messages: `step=cpp` ...
 
     Raises:
         BackendError: no compiler, or it fails; its message is shown.
@@ -44,27 +47,37 @@ def library() -> ctypes.CDLL:
     path = compiler()
     if path is None:
         raise BackendError(
-            "step=cpp needs a C++ compiler (g++ or clang++) and none was found; install one, or "
-            "use step=eager"
+            f"{use} needs a C++ compiler (g++ or clang++) and none was found; install one, or "
+            "leave the choice to auto"
         )
     folder = _cache_folder()
-    file = folder / f"decode-{_key(path)}.so"
+    file = folder / f"{source.stem}-{_key(source, path)}.so"
     if not file.is_file():
-        _build(path, file)
-    loaded = ctypes.CDLL(str(file))
-    for name in ("hrm_lanes", "hrm_has_bf16", "hrm_workspace"):
-        getattr(loaded, name).restype = ctypes.c_int64
-    loaded.hrm_step.restype = None
-    return loaded
+        _build(source, path, file, use)
+    kernel = ctypes.CDLL(str(file))
+    _share_threads(kernel)
+    return kernel
 
 
-def _build(path: str, file: Path) -> None:
-    logger.info("building the CPU decode kernel with %s (some seconds, once)", path)
+def _share_threads(kernel: ctypes.CDLL) -> None:
+    """Let a kernel run on the OpenMP threads that torch uses, where this process has such."""
+    process = ctypes.CDLL(None)
+    names = ("GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads")
+    if all(hasattr(process, name) for name in names):
+        kernel.hrm_use_pool(
+            *(ctypes.cast(getattr(process, name), ctypes.c_void_p) for name in names)
+        )
+    else:
+        logger.debug("CPU kernels start threads of their own: no %s in this process", names[0])
+
+
+def _build(source: Path, path: str, file: Path, use: str) -> None:
+    logger.info("building the CPU kernel of %s with %s (some seconds, once)", use, path)
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         built = Path(folder) / file.name
         messages = []
         for native in NATIVE:
-            command = [path, *FLAGS, native, str(SOURCE), "-o", str(built)]
+            command = [path, *FLAGS, native, f"-I{HEADERS}", str(source), "-o", str(built)]
             done = subprocess.run(
                 command, capture_output=True, text=True, check=False, timeout=BUILD_SECONDS
             )
@@ -72,7 +85,7 @@ def _build(path: str, file: Path) -> None:
                 built.replace(file)  # whole or not at all, whoever builds at the same time
                 return
             messages.append(f"{' '.join(command)}\n{done.stderr[-2000:]}")
-    raise BackendError("step=cpp: the compiler failed:\n" + "\n".join(messages))
+    raise BackendError(f"{use}: the compiler failed:\n" + "\n".join(messages))
 
 
 def _cache_folder() -> Path:
@@ -87,9 +100,11 @@ def _cache_folder() -> Path:
     return Path(tempfile.mkdtemp(prefix="hrm-text-"))
 
 
-def _key(path: str) -> str:
+def _key(source: Path, path: str) -> str:
     version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    parts = (SOURCE.read_text(), *FLAGS, version.stdout, platform.machine(), _instructions())
+    files = [source, *sorted(HEADERS.glob("*.h"))]
+    texts = (file.read_text() for file in files)
+    parts = (*texts, *FLAGS, version.stdout, platform.machine(), _instructions())
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=10).hexdigest()
 
 

@@ -1,0 +1,74 @@
+// Vectors of the processor's width, and what is computed on them.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+#if defined(__AVX512F__)
+#include <immintrin.h>
+constexpr int LANES = 16, TILE_ROWS = 12;
+#else
+constexpr int LANES = 8, TILE_ROWS = 6;  // of 16 registers, 12 hold sums
+#endif
+#if defined(__AVX512BF16__)
+constexpr bool HAS_BF16 = true;
+#else
+constexpr bool HAS_BF16 = false;
+#endif
+
+typedef float Vec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+typedef int32_t IntVec __attribute__((vector_size(LANES * 4), aligned(4), may_alias));
+
+static inline Vec load(const float* p) { return *reinterpret_cast<const Vec*>(p); }
+static inline void store(float* p, Vec v) { *reinterpret_cast<Vec*>(p) = v; }
+static inline Vec spread(float x) { return x - Vec{}; }
+
+// Keep a vector in a register: with few rows compilers load it anew for every product it is in.
+static inline void keep(Vec& v) {
+#if defined(__AVX512F__)
+    __asm__("" : "+v"(v));
+#elif defined(__AVX__)
+    __asm__("" : "+x"(v));
+#else
+    (void)v;
+#endif
+}
+
+static inline float sum(Vec v) {
+    float part[LANES];
+    store(part, v);
+    for (int width = LANES / 2; width; width /= 2)  // a tree: short chains, vectorised
+        for (int i = 0; i < width; ++i) part[i] += part[i + width];
+    return part[0];
+}
+
+// exp to about 1 ulp: 2^n times a polynomial of the rest, within +-ln(2)/2.
+static inline Vec exp_of(Vec x) {
+    const Vec low = spread(-87.0f), high = spread(88.0f);
+    x = x < low ? low : x;
+    x = x > high ? high : x;
+    const Vec magic = spread(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
+    const Vec n = (x * spread(1.44269504088896341f) + magic) - magic;
+    Vec r = x - n * spread(0.693359375f);
+    r = r - n * spread(-2.12194440e-4f);
+    Vec p = spread(1.9875691500e-4f);
+    p = p * r + spread(1.3981999507e-3f);
+    p = p * r + spread(8.3334519073e-3f);
+    p = p * r + spread(4.1665795894e-2f);
+    p = p * r + spread(1.6666665459e-1f);
+    p = p * r + spread(5.0000001201e-1f);
+    p = p * r * r + r + spread(1.0f);
+    const IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
+    Vec scale;
+    std::memcpy(&scale, &power, sizeof(scale));
+    return p * scale;
+}
+
+static inline Vec sigmoid(Vec x) { return spread(1.0f) / (spread(1.0f) + exp_of(-x)); }
+
+static inline uint16_t to_bf16(float x) {
+    uint32_t bits;
+    std::memcpy(&bits, &x, 4);
+    if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40);  // NaN stays NaN
+    return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
+}
