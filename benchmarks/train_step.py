@@ -78,6 +78,7 @@ def our_side(
         batch_tokens=1 << 20,
         L_bp_cycles=L_BP_CYCLES,
         attention="auto",
+        block_kernel="torch" if compiled else "auto",
     )
     compute = ComputeModel(model, dtype)
     compile_blocks(compute.module, compiled, device=device)

@@ -22,8 +22,8 @@ AttentionName = Literal[
 """Names of attention backends; a test holds them equal to those that there are."""
 
 HARMLESS_KEYS = frozenset({
-    "max_minutes", "attention", "compile", "loss", "loss_chunk_bytes", "optimizer_kernel",
-    "activation_checkpointing",
+    "max_minutes", "attention", "compile", "block_kernel", "loss", "loss_chunk_bytes",
+    "optimizer_kernel", "activation_checkpointing",
     "checkpoint_every", "checkpoint_minutes", "keep_last", "keep_every", "keep_best",
     "validate_every", "validation_rows", "forgetting", "log_every", "tensorboard", "trackers",
     "rank_timeout_s", "stability", "stability_limits", "telemetry_every",
@@ -185,6 +185,9 @@ class TrainConfig:
     that runs here."""
     compile: bool | Literal["auto"] = "auto"
     """Compile the blocks of the model; auto: on CUDA with `pad_bins`."""
+    block_kernel: Literal["auto", "torch", "cpp"] = "auto"
+    """What computes the blocks: torch operations, or a C++ kernel for CPUs in fp32; auto: the
+    kernel for small models on a CPU with a C++ compiler, unless another key asks for torch's."""
     loss: Literal["auto", "chunked", "compiled", "linear"] = "auto"
     """How the head's loss is computed, always in chunks: plain torch, compiled between the matrix
     products, or torch's linear_cross_entropy; auto: compiled on CUDA, chunked elsewhere."""

@@ -50,6 +50,7 @@ class Microbatch:
         dtype: torch.dtype,
         backend: str = "auto",
         head_dim: int | None = None,
+        plan: AttentionPlan | None = None,
     ) -> Microbatch:
         """Move `batch` (on the CPU) to `device` and plan its attention.
 
@@ -57,6 +58,7 @@ class Microbatch:
             dtype: number format of the forward pass.
             backend: attention backend.
             head_dim: width of the model's heads, by which `auto` chooses.
+            plan: a plan for what is to call the blocks, in place of an attention backend's.
         """
         # Indices are found on the host: `nonzero` on a GPU would wait for all queued work.
         select = batch.supervised()
@@ -69,7 +71,8 @@ class Microbatch:
             labels=send(batch.labels[select], device),
             row_of=send(rows[select], device),
             num_rows=len(lengths),
-            plan=make_plan(
+            plan=plan
+            or make_plan(
                 batch.layout, device=device, dtype=dtype, backend=backend, head_dim=head_dim
             ),
         )

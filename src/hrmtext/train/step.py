@@ -13,9 +13,10 @@ import torch
 from hrmtext.config.train import TrainConfig
 from hrmtext.data.collate import padding_bin
 from hrmtext.data.loader import GlobalBatch
-from hrmtext.errors import NonFiniteError
+from hrmtext.errors import BackendError, NonFiniteError
 from hrmtext.model.depth import Depth
 from hrmtext.model.layers import BlockCall
+from hrmtext.train.cpp import CppBlocks, choose_blocks
 from hrmtext.train.loss import NUM_SUMS, Microbatch, forward_loss, step_sums
 from hrmtext.train.modules import Modules
 from hrmtext.train.optim import AdamAtan2
@@ -57,7 +58,17 @@ class TrainStep:
         self.optimizer = optimizer
         self.config = config
         self.device = device
-        self.call_block = recomputing(compute.module, config.activation_checkpointing)
+        self.blocks: CppBlocks | None = None
+        if isinstance(compute, ComputeModel):
+            self.blocks = choose_blocks(compute.module, config, device, compute.dtype)
+        elif config.block_kernel == "cpp":
+            raise BackendError(
+                "block_kernel=cpp needs whole weights, and parallel spreads them over the ranks; "
+                "use block_kernel=torch or parallel=ddp"
+            )
+        self.call_block: BlockCall | None = self.blocks or recomputing(
+            compute.module, config.activation_checkpointing
+        )
         modules = Modules(compute.shards.parameters, compute.shards.sum_over_shards)
         self.watch = StepWatch(modules, optimizer, config)
         self._probe: CallProbe | None = None
@@ -105,6 +116,8 @@ class TrainStep:
         scale = 1.0 / max(1, batch.num_supervised_tokens)
         # A rank that is short of a bin takes part all the same, with one that bears no loss.
         bins = [packed for packed in batch.bins if packed.layout.lengths] or [padding_bin(1)]
+        if self.blocks is not None:
+            self.blocks.pack()
         for packed in bins:
             micro = Microbatch.prepare(
                 packed,
@@ -112,6 +125,7 @@ class TrainStep:
                 dtype=self.compute.dtype,
                 backend=self.config.attention,
                 head_dim=self.compute.module.config.head_dim,
+                plan=None if self.blocks is None else self.blocks.rows(packed.layout),
             )
             with self._watched(micro) as call_block:
                 loss = self.compute.call(

@@ -1,0 +1,316 @@
+"""Blocks by the C++ kernel, forward and backward, as what calls the blocks of a model.
+
+Letters: T tokens of the stream, S those whose output is wanted, D hidden size, A attention size, N
+heads, K head width, M SwiGLU width.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from hrmtext.batch import RowLayout
+from hrmtext.errors import BackendError
+from hrmtext.model import HrmLM
+from hrmtext.model.layers import Block
+from hrmtext.runtime.native import load_kernel
+from hrmtext.runtime.native.pack import alternate, pack_columns
+from hrmtext.runtime.native.share import even_shares
+
+MIN_OWN_TOKENS = 32
+"""Tokens from which a thread of its own pays."""
+MOST_FREE = 8
+"""Calls whose memory is kept for the next step: as many as carry gradient, and some."""
+_WEIGHTS = ("gqkv", "o", "gate_up", "down")
+
+_I, _P = ctypes.c_int64, ctypes.c_void_p
+
+
+class _Block(ctypes.Structure):
+    _fields_ = [
+        *((name, _I) for name in ("hidden", "heads", "head_dim", "mlp")),
+        ("eps", ctypes.c_float),
+        *((name, _P) for name in _WEIGHTS),
+        *((f"{name}_t", _P) for name in _WEIGHTS),
+    ]
+
+
+class _Rows(ctypes.Structure):
+    _fields_ = [
+        *((name, _I) for name in ("tokens", "outputs", "rows", "longest", "threads")),
+        *((name, _P) for name in ("starts", "visible", "select", "bounds", "output_bounds")),
+        *((name, _P) for name in ("cos", "sin")),
+    ]
+
+
+class _Saved(ctypes.Structure):
+    _fields_ = [(name, _P) for name in ("gqkv", "attended", "logsum", "middle", "gate_up")]
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The kernel; BackendError where it cannot be built."""
+    loaded = load_kernel(Path(__file__).with_suffix(".cpp"), "block_kernel=cpp")
+    for name in ("hrm_block_lanes", "hrm_block_gap", "hrm_block_workspace"):
+        getattr(loaded, name).restype = _I
+    loaded.hrm_block_forward.restype = loaded.hrm_block_backward.restype = None
+    return loaded
+
+
+def why_not(model: HrmLM) -> str | None:
+    """What keeps `CppBlocks` from running this model; None: nothing does."""
+    weight, config = model.lm_head.weight, model.config
+    if weight.device.type != "cpu":
+        return f"it runs on the CPU, the weights are on {weight.device}"
+    if weight.dtype != torch.float32:
+        return f"it computes in fp32, the weights are {weight.dtype}"
+    for name, module in model.named_modules():
+        if name.rpartition(".")[0].endswith(".layers") and any(
+            type(part) is not nn.Linear for part in _linears(cast(Block, module))
+        ):
+            return f"{name} has other layers than plain projections (adapters?)"
+    lanes = 2 * library().hrm_block_lanes()
+    widths = {"hidden_size": config.hidden_size, "mlp_size": config.mlp_size,
+              "head_dim": config.head_dim}  # fmt: skip
+    for name, width in widths.items():
+        if width % lanes:
+            return f"it needs widths in multiples of {lanes}, {name} is {width}"
+    return None
+
+
+class RowsPlan:
+    """Rows of one micro-batch as the kernel reads them, in the place of an attention plan."""
+
+    def __init__(self, layout: RowLayout) -> None:
+        starts = [*layout.starts(), sum(layout.lengths)]
+        self.num_tokens = layout.num_tokens
+        self.longest = max(layout.lengths)
+        self.num_rows = len(layout.lengths)
+        self.starts = torch.tensor(starts)
+        self.visible = layout.visible_end.contiguous()
+        shares = even_shares(starts[1:], torch.get_num_threads(), MIN_OWN_TOKENS)
+        tokens, rows = shares or ([0, starts[-1]], [0, self.num_rows])
+        self.threads = len(rows) - 1
+        self.bounds = torch.tensor(rows)
+        self.token_bounds = torch.tensor(tokens)
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot: int) -> torch.Tensor:
+        """Not by itself: the kernel computes whole blocks."""
+        raise BackendError("these rows are for the C++ blocks; make_plan gives a plan that attends")
+
+    def view(
+        self, cos: torch.Tensor, sin: torch.Tensor, select: torch.Tensor | None
+    ) -> tuple[_Rows, Sequence[torch.Tensor]]:
+        """The kernel's `Rows`, and what must live as long."""
+        outputs = self.token_bounds
+        if select is not None:
+            outputs = torch.searchsorted(select, self.token_bounds)
+        rows = _Rows(
+            tokens=self.num_tokens,
+            outputs=self.num_tokens if select is None else len(select),
+            rows=self.num_rows,
+            longest=self.longest,
+            threads=self.threads,
+            starts=self.starts.data_ptr(),
+            visible=self.visible.data_ptr(),
+            select=None if select is None else select.data_ptr(),
+            bounds=self.bounds.data_ptr(),
+            output_bounds=outputs.data_ptr(),
+            cos=cos.data_ptr(),
+            sin=sin.data_ptr(),
+        )
+        kept = (outputs, cos, sin, self.starts, self.visible, self.bounds)
+        return rows, kept if select is None else (*kept, select)
+
+
+class CppBlocks:
+    """A `BlockCall` that computes in C++, with gradients for the input and all weights.
+
+    Call `pack` after every change of the weights, and give `rows(layout)` as the attention plan.
+    Padding behind the last row passes through a block unchanged.
+    """
+
+    def __init__(self, model: HrmLM) -> None:
+        """Build the kernel if need be.
+
+        Raises:
+            BackendError: this model is not for the kernel, or there is no compiler.
+        """
+        reason = why_not(model)
+        if reason is not None:
+            raise BackendError(
+                f"block_kernel=cpp cannot train this model: {reason}; use block_kernel=torch"
+            )
+        self._library = library()
+        self._lanes = int(self._library.hrm_block_lanes())
+        self._gap = int(self._library.hrm_block_gap())
+        self._blocks = [cast(Block, block) for stack in _stacks(model) for block in stack.layers]
+        self._packed: dict[int, tuple[_Block, list[torch.Tensor]]] = {}
+        self._workspace = torch.empty(0)
+        self._free: list[torch.Tensor] = []
+
+    @torch.no_grad()
+    def pack(self) -> None:
+        """Take the weights as they are now."""
+        self._packed = {id(block): self._pack(block) for block in self._blocks}
+
+    def rows(self, layout: RowLayout) -> RowsPlan:
+        """What takes the place of the attention plan of a micro-batch."""
+        return RowsPlan(layout)
+
+    def __call__(
+        self,
+        block: nn.Module,
+        x: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        plan: RowsPlan,
+        slot: int,
+        select: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """As `Block.forward`: (T, D) -> (T, D), or (S, D) of the selected tokens."""
+        del slot
+        x, view = x.contiguous(), plan.view(cos.contiguous(), sin.contiguous(), select)
+        if not torch.is_grad_enabled():
+            y, saved = self.forward(id(block), view, x, with_backward=False)
+            self.free(saved)
+            return y
+        weights = [linear.weight for linear in _linears(cast(Block, block))]
+        return _BlockFunction.apply(x, self, id(block), view, *weights)
+
+    def forward(
+        self,
+        key: int,
+        view: tuple[_Rows, Sequence[torch.Tensor]],
+        x: torch.Tensor,
+        *,
+        with_backward: bool = True,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The block's output, and what its backward pass needs: give it back to `free`."""
+        block, rows = self._packed[key][0], view[0]
+        saved = self._take(sum(self._sizes(block, rows)))
+        pointers = self._saved(block, rows, saved)
+        if not with_backward:
+            pointers.gate_up = None
+        y = torch.empty(rows.outputs, block.hidden)
+        self._library.hrm_block_forward(
+            ctypes.byref(block), ctypes.byref(rows), ctypes.byref(pointers),
+            _P(x.data_ptr()), _P(y.data_ptr()), self._memory(block, rows, is_backward=False),
+        )  # fmt: skip
+        return y, saved
+
+    def free(self, saved: torch.Tensor) -> None:
+        """Let a later call use this memory: fresh pages cost a tenth of a forward pass."""
+        if len(self._free) < MOST_FREE:
+            self._free.append(saved)
+
+    def _take(self, size: int) -> torch.Tensor:
+        while self._free:
+            memory = self._free.pop()
+            if memory.numel() >= size:
+                return memory
+        return torch.empty(size + size // 16)  # micro-batches differ by a little
+
+    def _sizes(self, block: _Block, rows: _Rows) -> list[int]:
+        size, gap = block.heads * block.head_dim, self._gap
+        return [
+            rows.tokens * (4 * size + gap),
+            rows.tokens * (size + gap),
+            -(-rows.tokens * block.heads // 16) * 16,
+            rows.outputs * (block.hidden + gap),
+            rows.outputs * (2 * block.mlp + gap),
+        ]
+
+    def _saved(self, block: _Block, rows: _Rows, memory: torch.Tensor) -> _Saved:
+        offsets = itertools.accumulate(self._sizes(block, rows), initial=0)
+        pointers = [memory.data_ptr() + 4 * offset for offset in offsets]
+        return _Saved(*pointers[:-1])
+
+    def backward(
+        self,
+        key: int,
+        view: tuple[_Rows, Sequence[torch.Tensor]],
+        x: torch.Tensor,
+        saved: torch.Tensor,
+        d_y: torch.Tensor,
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Gradients of the input and of the four weights."""
+        block, rows = self._packed[key][0], view[0]
+        size, d_y = block.heads * block.head_dim, d_y.contiguous()
+        shapes = ((4 * size, block.hidden), (block.hidden, size),
+                  (2 * block.mlp, block.hidden), (block.hidden, block.mlp))  # fmt: skip
+        sizes = [a * b for a, b in shapes]
+        d_x, flat = torch.empty_like(x), torch.empty(sum(sizes))
+        self._library.hrm_block_backward(
+            ctypes.byref(block), ctypes.byref(rows), ctypes.byref(self._saved(block, rows, saved)),
+            *(_P(tensor.data_ptr()) for tensor in (x, d_y, d_x, flat)),
+            self._memory(block, rows, is_backward=True),
+        )  # fmt: skip
+        parts = flat.split(sizes)
+        return d_x, [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+    def _memory(self, block: _Block, rows: _Rows, *, is_backward: bool) -> ctypes.c_void_p:
+        size = self._library.hrm_block_workspace(
+            ctypes.byref(block), ctypes.byref(rows), _I(is_backward)
+        )
+        if self._workspace.numel() < size:
+            self._workspace = torch.empty(size)
+        return _P(self._workspace.data_ptr())
+
+    def _pack(self, block: Block) -> tuple[_Block, list[torch.Tensor]]:
+        weights = dict(zip(_WEIGHTS, (linear.weight for linear in _linears(block)), strict=True))
+        packed = {name: pack_columns(weight, self._lanes) for name, weight in weights.items()}
+        packed["gate_up"] = alternate(weights["gate_up"], self._lanes)
+        packed |= {f"{name}_t": pack_columns(w.T, self._lanes) for name, w in weights.items()}
+        described = _Block(
+            hidden=weights["o"].shape[0],
+            heads=weights["o"].shape[1] // block.attn.head_dim,
+            head_dim=block.attn.head_dim,
+            mlp=weights["down"].shape[1],
+            eps=block.eps,
+            **{name: tensor.data_ptr() for name, tensor in packed.items()},
+        )
+        return described, list(packed.values())
+
+
+class _BlockFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        blocks: CppBlocks,
+        key: int,
+        view: tuple[_Rows, Sequence[torch.Tensor]],
+        *weights: torch.Tensor,
+    ) -> torch.Tensor:
+        y, saved = blocks.forward(key, view, x)
+        ctx.save_for_backward(x)
+        ctx.of = blocks, key, view, saved
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        (x,) = ctx.saved_tensors  # torch refuses a second backward pass here
+        blocks, key, view, saved = ctx.of
+        d_x, d_weights = blocks.backward(key, view, x, saved, grad_outputs[0])
+        ctx.of = None
+        blocks.free(saved)
+        return d_x, None, None, None, *d_weights
+
+
+def _stacks(model: HrmLM) -> list[Any]:
+    core = model.model
+    return [core.H_module] if core.config.shared_stack else [core.H_module, core.L_module]
+
+
+def _linears(block: Block) -> tuple[nn.Linear, ...]:
+    return (
+        block.attn.gqkv_proj, block.attn.o_proj, block.mlp.gate_up_proj, block.mlp.down_proj
+    )  # fmt: skip

@@ -1,0 +1,190 @@
+"""The C++ blocks give the module's outputs and gradients: any shape, mask, selection, threads."""
+
+import pytest
+import torch
+from memory_source import small_config
+
+from hrmtext.batch import RowLayout
+from hrmtext.config import preset
+from hrmtext.errors import BackendError
+from hrmtext.model import Depth, build_model, make_plan
+from hrmtext.runtime.native import compiler
+from hrmtext.train.build import build_compute
+from hrmtext.train.cpp import CppBlocks, choose_blocks
+from hrmtext.train.cpp import choice as choice_module
+from hrmtext.train.optim import AdamAtan2
+from hrmtext.train.step import TrainStep
+
+pytestmark = pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+
+CPU = torch.device("cpu")
+LENGTHS = [7, 23, 1, 70, 12]
+BLOCKS = [[(0, 3)], [(0, 10)], [(0, 1)], [(0, 40), (55, 70)], []]
+"""Prompts, one token alone, two turns with an answer between, a causal row."""
+SELECT = torch.tensor([0, 5, 6, 20, 22, 29, 30, 50, 99, 100, 112])
+SHAPES = [
+    {},
+    {"hidden_size": 64, "num_heads": 1, "head_dim": 64},
+    {"hidden_size": 96, "num_heads": 3, "head_dim": 32, "intermediate_size": 160},
+    {"H_cycles": 1, "L_cycles": 4, "num_layers_per_stack": 1, "rms_norm_eps": 1e-3},
+    {"shared_stack": True, "H_cycles": 1, "L_cycles": 0, "num_layers_per_stack": 3},
+]
+
+
+@pytest.fixture(params=[1, 2, 3])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def stream(config, padding):
+    """Tokens, positions and layout of the rows above."""
+    layout = RowLayout.from_blocks(LENGTHS, BLOCKS, num_tokens=sum(LENGTHS) + padding)
+    tokens = torch.arange(layout.num_tokens) * 7 % config.vocab_size
+    positions = torch.cat([*map(torch.arange, LENGTHS), torch.arange(padding)])
+    return tokens, positions, layout
+
+
+def gradients(model, batch, plan, depth, select, call_block=None):
+    """Output, and the gradient of every parameter that gets one, for a fixed direction."""
+    tokens, positions, layout = batch
+    model.zero_grad(set_to_none=True)
+    out = model.model(tokens, positions, plan, depth, select, call_block)[-1]
+    if select is None:
+        out = out[: sum(layout.lengths)]  # what is behind the rows is nobody's
+    towards = torch.randn(out.shape, generator=torch.Generator().manual_seed(3), dtype=out.dtype)
+    (out * towards).sum().backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    return {"output": out.detach(), **found}
+
+
+@pytest.mark.parametrize("changes", SHAPES, ids=lambda changes: "-".join(changes) or "test")
+@pytest.mark.parametrize("select", [None, SELECT], ids=["all", "selected"])
+def test_output_and_every_gradient_are_the_modules_within_the_error_of_fp32(
+    changes, select, threads
+):
+    config = preset("test", **changes)
+    model, exact = build_model(config, seed=1), build_model(config, seed=1).double()
+    batch = stream(config, padding=5)
+    blocks = CppBlocks(model)
+    blocks.pack()
+    rows = blocks.rows(batch[2])
+    assert rows.threads in (1, threads)
+    found = gradients(model, batch, rows, None, select, blocks)
+    plain = gradients(model, batch, make_plan(batch[2]), None, select)
+    wide = make_plan(batch[2], dtype=torch.float64)
+    expected = gradients(exact, batch, wide, None, select)
+    assert found.keys() == plain.keys() == expected.keys()
+    for name, value in expected.items():
+        budget = 4 * float((plain[name] - value).abs().max()) + 2e-6 * float(value.abs().max())
+        assert float((found[name] - value).abs().max()) <= budget, name
+
+
+@pytest.mark.parametrize("bp_steps", [2, 5])
+def test_calls_without_gradient_get_none(bp_steps):
+    config = preset("test")
+    model = build_model(config, seed=1)
+    batch = stream(config, padding=0)
+    depth = Depth.from_bp_steps(config, bp_steps)
+    blocks = CppBlocks(model)
+    blocks.pack()
+    found = gradients(model, batch, blocks.rows(batch[2]), depth, SELECT, blocks)
+    expected = gradients(model, batch, make_plan(batch[2]), depth, SELECT)
+    assert found.keys() == expected.keys()
+    assert ("model.embed_tokens.weight" in found) == (bp_steps > 2)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-4)
+
+
+def test_the_same_step_twice_gives_the_same_bits_and_a_second_backward_is_refused():
+    config = preset("test")
+    model = build_model(config, seed=1)
+    batch = stream(config, padding=0)
+    blocks = CppBlocks(model)
+    blocks.pack()
+    first, second = (
+        gradients(model, batch, blocks.rows(batch[2]), None, None, blocks) for _ in range(2)
+    )
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    tokens, positions, layout = batch
+    out = model.model(tokens, positions, blocks.rows(layout), None, None, blocks)[-1].sum()
+    out.backward()
+    with pytest.raises(RuntimeError, match="second time"):
+        out.backward()
+
+
+def test_a_row_moves_no_other_row_and_a_later_answer_token_no_earlier_one():
+    config = preset("test")
+    model = build_model(config, seed=1)
+    tokens, positions, layout = stream(config, padding=0)
+    blocks = CppBlocks(model)
+    blocks.pack()
+
+    def run(tokens):
+        with torch.no_grad():
+            return model.model(tokens, positions, blocks.rows(layout), None, None, blocks)[-1]
+
+    before = run(tokens)
+    changed = tokens.clone()
+    changed[15] += 1  # token 8 of the second row, of whose 23 tokens 10 are its prompt
+    moved = (run(changed) != before).any(dim=1)
+    assert moved[7:30].all() and not moved[:7].any() and not moved[30:].any()
+    changed = tokens.clone()
+    changed[20] += 1  # token 13 of that row, an answer's
+    moved = (run(changed) != before).any(dim=1)
+    assert moved[20:30].all() and not moved[:20].any() and not moved[30:].any()
+
+
+def chosen(dtype=torch.float32, device=CPU, **changes):
+    config = small_config(**changes)
+    model = build_model(config.model.resolve(), seed=0, dtype=dtype)
+    return choose_blocks(model, config, device, dtype)
+
+
+def test_auto_takes_the_kernel_for_a_small_model_in_fp32_and_torch_elsewhere(monkeypatch):
+    assert isinstance(chosen(), CppBlocks)
+    assert chosen(block_kernel="torch") is None
+    assert chosen(dtype=torch.bfloat16) is None
+    for changes in ({"attention": "sdpa"}, {"compile": True}, {"activation_checkpointing": "L"}):
+        assert chosen(**changes) is None
+        with pytest.raises(BackendError, match=f"{next(iter(changes))} is"):
+            chosen(block_kernel="cpp", **changes)
+    monkeypatch.setattr(choice_module, "WIDEST", 16)
+    assert chosen() is None
+    assert isinstance(chosen(block_kernel="cpp"), CppBlocks)
+
+
+def test_a_kernel_that_computes_wrongly_is_not_used(monkeypatch, caplog):
+    honest = CppBlocks.backward
+
+    def wrong(self, *arguments):
+        d_x, d_weights = honest(self, *arguments)
+        return d_x, [d_weights[0] * 1.001, *d_weights[1:]]
+
+    monkeypatch.setattr(CppBlocks, "backward", wrong)
+    with pytest.raises(BackendError, match=r"gradient of attn\.gqkv_proj\.weight differs"):
+        chosen(block_kernel="cpp")
+    assert chosen() is None
+    assert "slower" in caplog.text
+
+
+def test_training_steps_follow_those_of_torch():
+    def run(kernel):
+        from memory_source import MemorySource, random_rows
+
+        config = small_config(block_kernel=kernel)
+        compute = build_compute(config, torch.float32, CPU)
+        optimizer = AdamAtan2(compute.shards.parameters.values(), lr=1e-3, ema_decay=0.9)
+        step = TrainStep(compute, optimizer, config, CPU)
+        assert (step.blocks is not None) == (kernel == "cpp")
+        batches = iter(MemorySource(random_rows(48, seed=1)).loader(config, 0, 1))
+        norms = []
+        for number in range(6):
+            depth = Depth.from_bp_steps(config.model.resolve(), 2 + number // 2)
+            result = step.run(next(batches), depth=depth, lr=1e-3, step=number)
+            norms.append([float(result.sums[0]), result.gradient_norm])
+        return torch.tensor(norms, dtype=torch.float64)
+
+    torch.testing.assert_close(run("cpp"), run("torch"), rtol=2e-4, atol=0)
