@@ -54,15 +54,14 @@ class Steps:
         return DecodeStep(self.model, compiled=name == "compiled")
 
     def _choose(self) -> str:
-        reason = self._against_cpp()
-        if reason is None:
-            try:
+        try:
+            reason = self._against_cpp()
+            if reason is None:
                 self._made["cpp"] = self._make("cpp")
-            except BackendError as error:  # the machine's compiler, or its arithmetic, is unfit
-                logger.warning("step=auto takes eager, which is slower: %s", error)
-                return "eager"
-            return "cpp"
-        logger.debug("step=auto: eager, as %s", reason)
+                return "cpp"
+            logger.debug("step=auto: eager, as %s", reason)
+        except BackendError as error:  # the machine's compiler, or its arithmetic, is unfit
+            logger.warning("step=auto takes eager, which is slower: %s", error)
         return "eager"
 
     def _against_cpp(self) -> str | None:

@@ -8,9 +8,10 @@ from hrmtext.batch import RowLayout
 from hrmtext.config import preset
 from hrmtext.errors import BackendError
 from hrmtext.model import Depth, build_model, make_plan
-from hrmtext.runtime.native import compiler
+from hrmtext.runtime.native import build, compiler
 from hrmtext.train.build import build_compute
 from hrmtext.train.cpp import CppBlocks, choose_blocks
+from hrmtext.train.cpp import blocks as blocks_module
 from hrmtext.train.cpp import choice as choice_module
 from hrmtext.train.optim import AdamAtan2
 from hrmtext.train.step import TrainStep
@@ -168,6 +169,24 @@ def test_a_kernel_that_computes_wrongly_is_not_used(monkeypatch, caplog):
         chosen(block_kernel="cpp")
     assert chosen() is None
     assert "slower" in caplog.text
+
+
+def test_a_compiler_that_fails_is_quoted_and_auto_does_without(monkeypatch, tmp_path, caplog):
+    fake = tmp_path / "g++"
+    fake.write_text("#!/bin/sh\necho it broke >&2\nexit 1\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("CXX", str(fake))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for cached in (blocks_module.library, build.load_kernel):
+        cached.cache_clear()
+    try:
+        with pytest.raises(BackendError, match="it broke"):
+            chosen(block_kernel="cpp")
+        assert chosen() is None
+    finally:
+        for cached in (blocks_module.library, build.load_kernel):
+            cached.cache_clear()
+    assert "it broke" in caplog.text
 
 
 def test_training_steps_follow_those_of_torch():

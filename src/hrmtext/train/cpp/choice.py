@@ -33,17 +33,17 @@ def choose_blocks(
     if config.block_kernel == "torch":
         return None
     reason = _against(model, config, device, dtype)
-    if config.block_kernel == "auto":
-        reason = reason or _against_auto(model)
-        if reason is not None:
-            logger.debug("block_kernel=auto: torch, as %s", reason)
-            return None
-    elif reason is not None:
+    if config.block_kernel == "cpp" and reason is not None:
         raise BackendError(f"block_kernel=cpp cannot be used: {reason}; use block_kernel=torch")
     try:
+        if config.block_kernel == "auto":
+            reason = reason or _against_auto(model)
+            if reason is not None:
+                logger.debug("block_kernel=auto: torch, as %s", reason)
+                return None
         blocks = CppBlocks(model)
         _probe(blocks, model)
-    except BackendError as error:
+    except BackendError as error:  # the machine's compiler, or its arithmetic, is unfit
         if config.block_kernel == "cpp":
             raise
         logger.warning("block_kernel=auto takes torch, which is slower: %s", error)
