@@ -109,9 +109,11 @@ class RowsPlan:
         self, cos: torch.Tensor, sin: torch.Tensor, select: torch.Tensor | None
     ) -> tuple[_Rows, Sequence[torch.Tensor]]:
         """The kernel's `Rows`, and what must live as long."""
-        outputs = self.token_bounds
+        outputs, chosen = self.token_bounds, None
         if select is not None:
             outputs = torch.searchsorted(select, self.token_bounds)
+            # An empty tensor has no address, which would ask for all tokens.
+            chosen = select if len(select) else self.starts
         rows = _Rows(
             tokens=self.num_tokens,
             outputs=self.num_tokens if select is None else len(select),
@@ -120,7 +122,7 @@ class RowsPlan:
             threads=self.threads,
             starts=self.starts.data_ptr(),
             visible=self.visible.data_ptr(),
-            select=None if select is None else select.data_ptr(),
+            select=None if chosen is None else chosen.data_ptr(),
             bounds=self.bounds.data_ptr(),
             output_bounds=outputs.data_ptr(),
             cos=cos.data_ptr(),
