@@ -25,6 +25,8 @@ LENGTHS = [7, 23, 1, 70, 12]
 BLOCKS = [[(0, 3)], [(0, 10)], [(0, 1)], [(0, 40), (55, 70)], []]
 """Prompts, one token alone, two turns with an answer between, a causal row."""
 SELECT = torch.tensor([0, 5, 6, 20, 22, 29, 30, 50, 99, 100, 112])
+WIDE = {"head_dim": 32}
+"""Heads as wide as two vectors of any processor: narrower ones the kernel leaves to torch."""
 SHAPES = [
     {},
     {"hidden_size": 64, "num_heads": 1, "head_dim": 64},
@@ -71,7 +73,7 @@ def largest(tensor):
 
 @pytest.mark.parametrize("changes", SHAPES, ids=lambda changes: "-".join(changes) or "test")
 def test_output_and_every_gradient_are_the_modules_within_the_error_of_fp32(changes):
-    config = preset("test", **changes)
+    config = preset("test", **{**WIDE, **changes})
     model, exact = build_model(config, seed=1), build_model(config, seed=1).double()
     batch = stream(config, padding=5)
     plan, wide = make_plan(batch[2]), make_plan(batch[2], dtype=torch.float64)
@@ -93,7 +95,7 @@ def test_output_and_every_gradient_are_the_modules_within_the_error_of_fp32(chan
 
 @pytest.mark.parametrize("bp_steps", [2, 5])
 def test_calls_without_gradient_get_none(bp_steps):
-    config = preset("test")
+    config = preset("test", **WIDE)
     model = build_model(config, seed=1)
     batch = stream(config, padding=0)
     depth = Depth.from_bp_steps(config, bp_steps)
@@ -108,7 +110,7 @@ def test_calls_without_gradient_get_none(bp_steps):
 
 
 def test_the_same_step_twice_gives_the_same_bits_and_a_second_backward_is_refused():
-    config = preset("test")
+    config = preset("test", **WIDE)
     model = build_model(config, seed=1)
     batch = stream(config, padding=0)
     blocks = CppBlocks(model)
@@ -125,7 +127,7 @@ def test_the_same_step_twice_gives_the_same_bits_and_a_second_backward_is_refuse
 
 
 def test_a_row_moves_no_other_row_and_a_later_answer_token_no_earlier_one():
-    config = preset("test")
+    config = preset("test", **WIDE)
     model = build_model(config, seed=1)
     tokens, positions, layout = stream(config, padding=0)
     blocks = CppBlocks(model)
@@ -147,7 +149,7 @@ def test_a_row_moves_no_other_row_and_a_later_answer_token_no_earlier_one():
 
 
 def chosen(dtype=torch.float32, device=CPU, **changes):
-    config = small_config(**changes)
+    config = small_config(model={"preset": "test", **WIDE}, **changes)
     model = build_model(config.model.resolve(), seed=0, dtype=dtype)
     return choose_blocks(model, config, device, dtype)
 
@@ -201,7 +203,7 @@ def test_training_steps_follow_those_of_torch():
     def run(kernel):
         from memory_source import MemorySource, random_rows
 
-        config = small_config(block_kernel=kernel)
+        config = small_config(model={"preset": "test", **WIDE}, block_kernel=kernel)
         compute = build_compute(config, torch.float32, CPU)
         optimizer = AdamAtan2(compute.shards.parameters.values(), lr=1e-3, ema_decay=0.9)
         step = TrainStep(compute, optimizer, config, CPU)
