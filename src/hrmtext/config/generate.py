@@ -27,9 +27,9 @@ class GenerateConfig:
     guidance: float = 0.0
     """Auto-guidance weight w: (1+w) * logits after the last H cycle - w * after the first."""
     step: Literal["auto", "eager", "compiled", "cpp"] = "auto"
-    """What takes a decode step: torch operations one by one, or compiled into a graph (seconds for
-    each new batch shape), or the C++ kernel for CPUs; auto: the kernel for small models on a CPU
-    with a C++ compiler, else eager."""
+    """What reads prompts and takes decode steps: torch operations one by one, or steps compiled
+    into a graph (seconds for each new batch shape), or the C++ kernel for CPUs; auto: the kernel
+    for small models on a CPU with a C++ compiler, else eager."""
     batch_tokens: int | None = None
     """Cache tokens of one batch, rows times their longest; None: from the memory at hand."""
 

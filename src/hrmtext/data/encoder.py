@@ -36,8 +36,7 @@ def is_composed(text: str) -> bool:
 class PlainTextEncoder:
     """Encodes with a tokenizer's model, but knows no added token and neither pads, cuts nor wraps.
 
-    NFC costs about a sixth of tokenising, and nearly every text has that form already: those that
-    `is_composed` vouches for go without.
+    Nearly every text has the form of NFC already: those that `is_composed` vouches for are spared it.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

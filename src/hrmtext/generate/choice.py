@@ -1,4 +1,4 @@
-"""Which decode step a model takes: asked for by name, or chosen for it and said why."""
+"""What reads prompts and takes steps for a model: asked for by name, or chosen for it and said why."""
 
 from __future__ import annotations
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from compilers import take_broken_compiler
 from generate_helpers import sentences, text_model
 
 from hrmtext.batch import RowLayout
@@ -296,11 +297,7 @@ def test_without_a_compiler_auto_is_eager_and_the_name_is_refused(monkeypatch, t
 
 @pytest.mark.usefixtures("nothing_built")
 def test_a_compiler_that_fails_is_quoted_and_auto_does_without(monkeypatch, tmp_path, caplog):
-    fake = tmp_path / "g++"
-    fake.write_text("#!/bin/sh\necho it broke >&2\nexit 1\n")
-    fake.chmod(0o755)
-    monkeypatch.setenv("CXX", str(fake))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    take_broken_compiler(monkeypatch, tmp_path)
     with pytest.raises(BackendError, match="it broke"):
         cpp_step.library()
     assert isinstance(Steps(build_model(preset("test"), seed=0)).get("auto"), DecodeStep)

@@ -4,6 +4,7 @@ import contextlib
 
 import pytest
 import torch
+from compilers import take_broken_compiler
 from memory_source import small_config
 
 from hrmtext.batch import RowLayout
@@ -182,11 +183,7 @@ def test_a_kernel_that_computes_wrongly_is_not_used(monkeypatch, caplog):
 
 
 def test_a_compiler_that_fails_is_quoted_and_auto_does_without(monkeypatch, tmp_path, caplog):
-    fake = tmp_path / "g++"
-    fake.write_text("#!/bin/sh\necho it broke >&2\nexit 1\n")
-    fake.chmod(0o755)
-    monkeypatch.setenv("CXX", str(fake))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    take_broken_compiler(monkeypatch, tmp_path)
     for cached in (blocks_module.library, build.load_kernel):
         cached.cache_clear()
     try:

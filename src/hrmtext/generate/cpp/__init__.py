@@ -1,4 +1,4 @@
-"""One decode step of an HRM in C++ for CPUs, built by the machine's own compiler."""
+"""Reading prompts and decode steps of an HRM in C++ for CPUs."""
 
 from hrmtext.generate.cpp.step import CppStep
 

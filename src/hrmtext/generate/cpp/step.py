@@ -1,4 +1,4 @@
-"""The decode step by the C++ kernel: packed weights, and calls that look like `DecodeStep`.
+"""Prompts and decode steps by the C++ kernel: packed weights, and calls as of `DecodeStep`.
 
 Letters: B rows, T tokens, V vocabulary.
 """
@@ -97,7 +97,7 @@ def packed_bytes(model: HrmLM) -> int:
 
 
 class CppStep:
-    """Logits of one further token a row, by the C++ kernel.
+    """Logits behind prompts, and behind one further token a row, by the C++ kernel.
 
     Activations, sums and the cache are fp32; weights are read in their own format where the
     processor multiplies it (bf16 then rounds what each product reads, as the module does), else in
@@ -130,7 +130,7 @@ class CppStep:
     def pack(self) -> None:
         """Pack the weights as they are now.
 
-        Called before every batch: a write through `.data` leaves no trace that could be looked for,
+        Called whenever the step is asked for: a write through `.data` leaves no trace that could be looked for,
         and stale weights would answer wrongly in silence. It takes as long as a step or two.
         """
         self._kept.clear()
