@@ -36,7 +36,8 @@ def is_composed(text: str) -> bool:
 class PlainTextEncoder:
     """Encodes with a tokenizer's model, but knows no added token and neither pads, cuts nor wraps.
 
-    Nearly every text has the form of NFC already: those that `is_composed` vouches for are spared it.
+    Nearly every text has the form of NFC already: those that `is_composed` vouches for are spared
+    the pass.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:

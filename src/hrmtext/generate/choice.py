@@ -1,4 +1,4 @@
-"""What reads prompts and takes steps for a model: asked for by name, or chosen for it and said why."""
+"""What reads prompts and takes steps for a model: asked for by name, or chosen and said why."""
 
 from __future__ import annotations
 

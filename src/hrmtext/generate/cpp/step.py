@@ -130,8 +130,9 @@ class CppStep:
     def pack(self) -> None:
         """Pack the weights as they are now.
 
-        Called whenever the step is asked for: a write through `.data` leaves no trace that could be looked for,
-        and stale weights would answer wrongly in silence. It takes as long as a step or two.
+        Called whenever the step is asked for: a write through `.data` leaves no trace that could be
+        looked for, and stale weights would answer wrongly in silence. It takes as long as a step or
+        two.
         """
         self._kept.clear()
         self._layers.clear()
