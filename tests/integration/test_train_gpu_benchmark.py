@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hrmtext.runtime.device import cpu_has_bf16
+
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 
 
@@ -33,8 +35,10 @@ def test_it_reports_speed_roofline_memory_profile_and_the_peer(script, tmp_path,
     shares = found["profile"]["share"]
     assert set(shares) == {*script.KERNEL_KINDS, "elementwise and copies", "idle"}
     assert shares["matmul"] > 0 and shares["optimizer"] > 0
-    # Two bins, packed or padded, are one loss: the mean over all supervised tokens.
-    assert found["first_loss"]["ours"] == pytest.approx(found["first_loss"]["transformers"], 1e-3)
+    # Two bins, packed or padded, are one loss: the mean over all supervised tokens. In bf16 ours
+    # rounds the stream between blocks too, theirs (autocast) does not.
+    rel = 4e-3 if cpu_has_bf16() else 1e-3
+    assert found["first_loss"]["ours"] == pytest.approx(found["first_loss"]["transformers"], rel)
     assert "written to" in capsys.readouterr().out
 
 

@@ -186,8 +186,8 @@ class TrainConfig:
     compile: bool | Literal["auto"] = "auto"
     """Compile the blocks of the model; auto: on CUDA with `pad_bins`."""
     block_kernel: Literal["auto", "torch", "cpp"] = "auto"
-    """What computes the blocks: torch operations, or a C++ kernel for CPUs in fp32; auto: the
-    kernel for small models on a CPU with a C++ compiler, unless another key asks for torch's."""
+    """What computes the blocks: torch operations, or a C++ kernel for CPUs; auto: the kernel for
+    small models on a CPU with a C++ compiler, unless another key asks for torch's."""
     loss: Literal["auto", "chunked", "compiled", "linear"] = "auto"
     """How the head's loss is computed, always in chunks: plain torch, compiled between the matrix
     products, or torch's linear_cross_entropy; auto: compiled on CUDA, chunked elsewhere."""

@@ -235,8 +235,8 @@ class HrmTextModel(HrmTextPreTrainedModel):
         )
 
     def _checkpointed(self, block: nn.Module, *arguments: Any) -> torch.Tensor:
-        # The stack calls that carry no gradient have nothing to recompute.
-        if not torch.is_grad_enabled():
+        # Stack calls that carry no gradient have nothing to recompute, and a norm too little.
+        if not torch.is_grad_enabled() or not isinstance(block, Block):
             return block(*arguments)
         return self._gradient_checkpointing_func(block.__call__, *arguments)
 

@@ -51,7 +51,8 @@ class Recurrence(nn.Module):
             tokens: (T) int64. positions: (T) int64, from 0 in every row.
             depth: cycles to run and which calls carry gradient; None: as configured, all of them.
             select: (S) stream indices whose output is wanted; None: all.
-            call_block: calls the blocks, for activation checkpointing; None: plainly.
+            call_block: calls blocks and norms at the exits otherwise than plainly (recomputed in
+                the backward pass, by another kernel); None: plainly.
 
         Returns:
             One (T, D) tensor a cycle, the last being the output: (S, D) of the selected tokens.

@@ -110,8 +110,20 @@ class Block(nn.Module):
         return x + self.mlp(rms_norm(x, self.eps))
 
 
+class ExitNorm(nn.Module):
+    """The RMSNorm behind the blocks of a stack; it has no weights."""
+
+    def __init__(self, eps: float) -> None:
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(T, D) -> (T, D)."""
+        return rms_norm(x, self.eps)
+
+
 BlockCall = Callable[..., torch.Tensor]
-"""Calls a block with its arguments, perhaps under activation checkpointing."""
+"""Calls a block or the norm at the exit with its arguments: recomputed, by another kernel ..."""
 
 
 class Stack(nn.Module):
@@ -119,8 +131,8 @@ class Stack(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.eps = config.rms_norm_eps
         self.layers = nn.ModuleList(Block(config) for _ in range(config.num_layers_per_stack))
+        self.exit_norm = ExitNorm(config.rms_norm_eps)
 
     def forward(
         self,
@@ -142,4 +154,4 @@ class Stack(nn.Module):
             chosen = select if index == last else None
             arguments = (x, cos, sin, plan, first_slot + index, chosen)
             x = layer(*arguments) if call_block is None else call_block(layer, *arguments)
-        return rms_norm(x, self.eps)
+        return self.exit_norm(x) if call_block is None else call_block(self.exit_norm, x)

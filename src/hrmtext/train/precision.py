@@ -33,15 +33,24 @@ class ComputeModel:
         if master_dtype not in (torch.float32, torch.float64):
             raise ConfigError(f"master weights are {master_dtype}, expected torch.float32")
         self.is_copy = dtype != master_dtype
-        self.module = copy.deepcopy(master).to(dtype) if self.is_copy else master
-        pairs = list(zip(master.parameters(), self.module.parameters(), strict=True))
+        self._take(copy.deepcopy(master).to(dtype) if self.is_copy else master)
+        self._buffers: dict[int, torch.Tensor] = {}
+        self.shards = Shards.whole(master)
+
+    def use_master(self) -> None:
+        """Compute with the master weights themselves: what calls the blocks rounds by itself."""
+        self.dtype = next(self.master.parameters()).dtype
+        self.is_copy = False
+        self._take(self.master)
+
+    def _take(self, module: HrmLM) -> None:
+        self.module = module
+        pairs = list(zip(self.master.parameters(), self.module.parameters(), strict=True))
         self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = [
             pair for pair in pairs if pair[0].requires_grad
         ]
         """Trained weights of master and copy."""
         self._frozen = [pair for pair in pairs if not pair[0].requires_grad]
-        self._buffers: dict[int, torch.Tensor] = {}
-        self.shards = Shards.whole(master)
 
     def call(self, function: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
         """`function(module, ...)`, ready for a backward pass."""

@@ -60,7 +60,9 @@ class TrainStep:
         self.device = device
         self.blocks: CppBlocks | None = None
         if isinstance(compute, ComputeModel):
-            self.blocks = choose_blocks(compute.module, config, device, compute.dtype)
+            self.blocks = choose_blocks(compute.master, config, device, compute.dtype)
+            if self.blocks is not None:
+                compute.use_master()
         elif config.block_kernel == "cpp":
             raise BackendError(
                 "block_kernel=cpp needs whole weights, and parallel spreads them over the ranks; "

@@ -133,7 +133,7 @@ class Worker {
         : m(model), s(step), sh(shared), thread_(thread), A(model.heads * model.head_dim),
           rows_(step.tokens), x_(shared.x) {
         own_ = step.workspace + layout.shared() + thread * layout.thread();
-        pairs_ = reinterpret_cast<uint32_t*>(own_ + layout.operand);
+        halves_ = reinterpret_cast<Bf16*>(own_ + layout.operand);
         query_ = own_ + 2 * layout.operand;
         scores_ = query_ + Layout::padded(model.head_dim);
     }
@@ -206,14 +206,11 @@ class Worker {
     }
 
     void convert(const float* x, int64_t count) {
-        uint16_t* out = reinterpret_cast<uint16_t*>(pairs_);
         int64_t i = 0;
 #if defined(__AVX512BF16__)
-        for (; i + 16 <= count; i += 16)
-            _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + i),
-                                (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + i)));
+        for (; i + LANES <= count; i += LANES) ::put(halves_ + i, load(x + i));
 #endif
-        for (; i < count; ++i) out[i] = to_bf16(x[i]);
+        for (; i < count; ++i) halves_[i] = to_bf16(x[i]);
     }
 
     // This thread's columns of (what was taken) times packed weights.
@@ -224,8 +221,8 @@ class Worker {
         range = {2 * range.begin, 2 * range.end};
 #if defined(__AVX512BF16__)
         if (m.bf16) {
-            product(static_cast<const uint32_t*>(weights), pairs_, inputs_ / 2, inputs_ / 2, rows_,
-                    range, finish);
+            product(static_cast<const Bf16*>(weights), halves_, inputs_, inputs_, rows_, range,
+                    finish);
             return;
         }
 #endif
@@ -410,7 +407,7 @@ class Worker {
     float* x_;      // the stream
     bool narrowed_ = false;  // to the selected tokens
     float *own_, *query_, *scores_;  // this thread's memory
-    uint32_t* pairs_;
+    Bf16* halves_;
     const float* wide_ = nullptr;
     int64_t inputs_ = 0;
 };

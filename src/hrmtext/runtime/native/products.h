@@ -7,50 +7,28 @@
 #include "threads.h"
 #include "vectors.h"
 
-// acc[r][b] += the products of row r with the columns of block b, over `count` inputs; rows lie
-// `stride` apart, blocks `block_stride`.
-template <int ROWS, int BLOCKS>
-inline void tile(const float* w, int64_t block_stride, const float* x, int64_t stride,
-                 int64_t count, Vec (&acc)[ROWS][BLOCKS]) {
+// acc[r][b] += the products of row r with the columns of block b, over `count` inputs; input k of row
+// r is x[r * stride + k * step], blocks lie `block_stride` apart.
+template <int ROWS, int BLOCKS, class T>
+inline void tile(const T* w, int64_t block_stride, int64_t block_step, const T* x, int64_t stride,
+                 int64_t step, int64_t count, Vec (&acc)[ROWS][BLOCKS]) {
     Vec sums[ROWS][BLOCKS];  // not `acc`, which for all the compiler knows `x` may point to
     for (int r = 0; r < ROWS; ++r)
         for (int b = 0; b < BLOCKS; ++b) sums[r][b] = acc[r][b];
     for (int64_t k = 0; k < count; ++k) {
-        Vec weights[BLOCKS];
+        typename Factor<T>::Many weights[BLOCKS];
         for (int b = 0; b < BLOCKS; ++b) {
-            weights[b] = load(w + b * block_stride + k * LANES);
+            weights[b] = Factor<T>::load(w + b * block_stride + k * block_step);
             if (ROWS > 1) keep(weights[b]);
         }
         for (int r = 0; r < ROWS; ++r) {
-            const Vec value = spread(x[r * stride + k]);
-            for (int b = 0; b < BLOCKS; ++b) sums[r][b] += value * weights[b];
+            const typename Factor<T>::Many value = Factor<T>::spread(x[r * stride + k * step]);
+            for (int b = 0; b < BLOCKS; ++b) Factor<T>::add(sums[r][b], value, weights[b]);
         }
     }
     for (int r = 0; r < ROWS; ++r)
         for (int b = 0; b < BLOCKS; ++b) acc[r][b] = sums[r][b];
 }
-
-#if defined(__AVX512BF16__)
-template <int ROWS, int BLOCKS>
-inline void tile(const uint32_t* w, int64_t block_stride, const uint32_t* x, int64_t stride,
-                 int64_t count, Vec (&acc)[ROWS][BLOCKS]) {
-    __m512 sums[ROWS][BLOCKS];
-    for (int r = 0; r < ROWS; ++r)
-        for (int b = 0; b < BLOCKS; ++b) sums[r][b] = (__m512)acc[r][b];
-    for (int64_t k = 0; k < count; ++k) {
-        __m512bh weights[BLOCKS];
-        for (int b = 0; b < BLOCKS; ++b)
-            weights[b] = (__m512bh)_mm512_loadu_si512(w + b * block_stride + k * LANES);
-        for (int r = 0; r < ROWS; ++r) {
-            const __m512bh value = (__m512bh)_mm512_set1_epi32(int(x[r * stride + k]));
-            for (int b = 0; b < BLOCKS; ++b)
-                sums[r][b] = _mm512_dpbf16_ps(sums[r][b], weights[b], value);
-        }
-    }
-    for (int r = 0; r < ROWS; ++r)
-        for (int b = 0; b < BLOCKS; ++b) acc[r][b] = (Vec)sums[r][b];
-}
-#endif
 
 constexpr int64_t NEAR_ROWS = 5 * TILE_ROWS, NEAR_INPUTS = 128;
 // What a piece of so many rows and inputs reads stays in the first cache.
@@ -63,8 +41,8 @@ inline void piece_tile(const T* w, const T* x, int64_t stride, int64_t all, Rang
     if (inputs.begin > 0)
         for (int r = 0; r < ROWS; ++r)
             for (int b = 0; b < BLOCKS; ++b) acc[r][b] = load(between + (r * BLOCKS + b) * LANES);
-    tile<ROWS, BLOCKS>(w + (block * all + inputs.begin) * LANES, all * LANES,
-                       x + row * stride + inputs.begin, stride, inputs.end - inputs.begin, acc);
+    tile<ROWS, BLOCKS>(w + (block * all + inputs.begin) * LANES, all * LANES, LANES,
+                       x + row * stride + inputs.begin, stride, 1, inputs.end - inputs.begin, acc);
     if (inputs.end < all) {
         for (int r = 0; r < ROWS; ++r)
             for (int b = 0; b < BLOCKS; ++b) store(between + (r * BLOCKS + b) * LANES, acc[r][b]);
@@ -113,69 +91,107 @@ void product(const T* w, const T* x, int64_t stride, int64_t inputs, int64_t row
     }
 }
 
-// out[r][b] += or =: the sums over k of left[k][r] * right[k][b], both without gaps.
-template <int ROWS>
-inline void crossed_tile(const float* left, const float* right, int64_t count, float* out,
-                         int64_t out_stride, bool adds) {
-    Vec sums[ROWS][2];
-    for (int r = 0; r < ROWS; ++r)
-        for (int b = 0; b < 2; ++b)
-            sums[r][b] = adds ? load(out + r * out_stride + b * LANES) : Vec{};
-    for (int64_t k = 0; k < count; ++k) {
-        Vec columns[2];
-        for (int b = 0; b < 2; ++b) {
-            columns[b] = load(right + (2 * k + b) * LANES);
-            keep(columns[b]);
-        }
-        for (int r = 0; r < ROWS; ++r) {
-            const Vec value = spread(left[k * ROWS + r]);
-            for (int b = 0; b < 2; ++b) sums[r][b] += value * columns[b];
-        }
-    }
-    for (int r = 0; r < ROWS; ++r)
-        for (int b = 0; b < 2; ++b) store(out + r * out_stride + b * LANES, sums[r][b]);
+#if defined(__AVX512BF16__)
+// The same of bf16, whose pairs along the inputs lie together in weights and rows.
+template <class Finish>
+void product(const Bf16* w, const Bf16* x, int64_t stride, int64_t inputs, int64_t rows, Range range,
+             const Finish& finish) {
+    product(reinterpret_cast<const Pair*>(w), reinterpret_cast<const Pair*>(x), stride / 2,
+            inputs / 2, rows, range, finish);
 }
-
-template <int ROWS>
-inline void crossed_rows(int64_t rows, const float* left, int64_t left_stride, const float* right,
-                         int64_t count, int64_t columns, float* packed, float* out,
-                         int64_t out_stride, bool adds) {
-    if constexpr (ROWS > 0) {
-        if (rows != ROWS) {
-            crossed_rows<ROWS - 1>(rows, left, left_stride, right, count, columns, packed, out,
-                                   out_stride, adds);
-            return;
-        }
-        for (int64_t k = 0; k < count; ++k)
-            for (int r = 0; r < ROWS; ++r) packed[k * ROWS + r] = left[k * left_stride + r];
-        for (int64_t c = 0; c < columns; c += 2 * LANES)
-            crossed_tile<ROWS>(packed, right + c * count, count, out + c, out_stride, adds);
-    }
-}
+#endif
 
 constexpr int64_t CROSSED_PIECE = 64;
 
+// Copies of a piece of `count` rows, without gaps, for products over them: of all columns, and of the
+// first ones, at most TILE_ROWS; what is copied beyond these the next row overwrites. Both return how
+// many steps the product has.
+inline int64_t copy_right(const float* x, int64_t stride, int64_t count, int64_t columns, float* out) {
+    for (int64_t c = 0; c < columns; c += LANES)
+        for (int64_t k = 0; k < count; ++k)
+            store(out + (c / LANES * count + k) * LANES, load(x + k * stride + c));
+    return count;
+}
+inline int64_t copy_left(const float* x, int64_t stride, int64_t count, int64_t columns, float* out) {
+    int64_t k = 0;
+    for (; k + 1 < count; ++k) store(out + k * TILE_ROWS, load(x + k * stride));
+    for (int64_t r = 0; r < columns && count; ++r) out[k * TILE_ROWS + r] = x[k * stride + r];
+    return count;
+}
+
+#if defined(__AVX512BF16__)
+// In bf16 two rows lie together, an odd last one beside zeros. Both read LANES columns at a time.
+inline __m512i two_rows(const Bf16* x, int64_t stride, bool is_last) {
+    const __m256i none = _mm256_setzero_si256();
+    const __m256i one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    const __m256i two =
+        is_last ? none : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + stride));
+    const __m512i low = _mm512_cvtepu16_epi32(one), high = _mm512_cvtepu16_epi32(two);
+    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+}
+inline int64_t copy_right(const Bf16* x, int64_t stride, int64_t count, int64_t columns, Pair* out) {
+    const int64_t pairs = (count + 1) / 2;
+    for (int64_t c = 0; c < columns; c += LANES)
+        for (int64_t k = 0; k < pairs; ++k)
+            _mm512_storeu_si512(out + (c / LANES * pairs + k) * LANES,
+                                two_rows(x + 2 * k * stride + c, stride, 2 * k + 1 == count));
+    return pairs;
+}
+inline int64_t copy_left(const Bf16* x, int64_t stride, int64_t count, int64_t, Pair* out) {
+    const int64_t pairs = (count + 1) / 2;
+    for (int64_t k = 0; k < pairs; ++k)
+        _mm512_storeu_si512(out + k * TILE_ROWS,
+                            two_rows(x + 2 * k * stride, stride, 2 * k + 1 == count));
+    return pairs;
+}
+#endif
+
+template <int ROWS, class T>
+inline void crossed_rows(int64_t rows, const T* left, const T* right, int64_t steps, int64_t columns,
+                         float* out, int64_t out_stride, bool adds) {
+    if constexpr (ROWS > 0) {
+        if (rows != ROWS) {
+            crossed_rows<ROWS - 1>(rows, left, right, steps, columns, out, out_stride, adds);
+            return;
+        }
+        for (int64_t c = 0; c < columns; c += 2 * LANES) {
+            Vec sums[ROWS][2] = {};
+            if (adds)
+                for (int r = 0; r < ROWS; ++r)
+                    for (int b = 0; b < 2; ++b)
+                        sums[r][b] = load(out + r * out_stride + c + b * LANES);
+            tile<ROWS, 2>(right + c * steps, steps * LANES, LANES, left, 1, TILE_ROWS, steps, sums);
+            for (int r = 0; r < ROWS; ++r)
+                for (int b = 0; b < 2; ++b)
+                    store(out + r * out_stride + c + b * LANES, sums[r][b]);
+        }
+    }
+}
+
 // Floats that `crossed_product` needs beside.
-inline int64_t crossed_scratch(int64_t columns) { return CROSSED_PIECE * (columns + TILE_ROWS); }
+inline int64_t crossed_scratch(int64_t columns) {
+    return CROSSED_PIECE * (columns + TILE_ROWS) + LANES;
+}
 
 // out (rows, columns) += or = left (count, rows) transposed, times right (count, columns), of which
-// there are whole pairs of blocks. In pieces of `count` whose copies, without gaps, stay near.
-inline void crossed_product(const float* left, int64_t left_stride, const float* right,
-                            int64_t right_stride, int64_t count, int64_t rows, int64_t columns,
-                            float* out, int64_t out_stride, bool adds, float* scratch) {
+// there are whole pairs of blocks. In pieces of `count` whose copies, without gaps, stay near. In
+// bf16 what lies LANES behind a row of `left` is read too, and not used.
+template <class E>
+void crossed_product(const E* left, int64_t left_stride, const E* right, int64_t right_stride,
+                     int64_t count, int64_t rows, int64_t columns, float* out, int64_t out_stride,
+                     bool adds, float* scratch) {
+    using Copied = typename Copy<E>::Type;
     const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
-    float* packed = scratch + CROSSED_PIECE * columns;
+    Copied* right_copy = reinterpret_cast<Copied*>(scratch);
+    Copied* left_copy = right_copy + CROSSED_PIECE * columns;
     for (int64_t k = 0; k == 0 || k < count; k += CROSSED_PIECE) {
         const int64_t piece = count - k < CROSSED_PIECE ? count - k : CROSSED_PIECE;
-        for (int64_t c = 0; c < columns; c += 2 * LANES)
-            for (int64_t i = 0; i < piece; ++i)
-                for (int b = 0; b < 2; ++b)
-                    store(scratch + c * piece + (2 * i + b) * LANES,
-                          load(right + (k + i) * right_stride + c + b * LANES));
+        copy_right(right + k * right_stride, right_stride, piece, columns, right_copy);
         for (int64_t t = 0; t < tiles; ++t) {
             const Range mine = part(rows, t, tiles);
-            crossed_rows<TILE_ROWS>(mine.end - mine.begin, left + k * left_stride + mine.begin,
-                                    left_stride, scratch, piece, columns, packed,
+            const int64_t steps = copy_left(left + k * left_stride + mine.begin, left_stride, piece,
+                                            mine.end - mine.begin, left_copy);
+            crossed_rows<TILE_ROWS>(mine.end - mine.begin, left_copy, right_copy, steps, columns,
                                     out + mine.begin * out_stride, out_stride, adds || k > 0);
         }
     }

@@ -34,6 +34,53 @@ static inline void keep(Vec& v) {
 #endif
 }
 
+// What products multiply: a kind of numbers in memory, LANES of them or more in a register.
+template <class T>
+struct Factor;
+
+template <>
+struct Factor<float> {
+    typedef Vec Many;
+    static Vec load(const float* p) { return ::load(p); }
+    static Vec spread(float x) { return ::spread(x); }
+    static void add(Vec& sum, Vec value, Vec weight) { sum += value * weight; }
+};
+
+// Numbers as `crossed_product` copies them.
+template <class E>
+struct Copy {
+    typedef E Type;
+};
+
+// Writes a vector in the format of a product's inputs.
+static inline void put(float* p, Vec v) { store(p, v); }
+
+typedef uint16_t Bf16;  // its bits
+
+#if defined(__AVX512BF16__)
+typedef uint32_t Pair;  // of bf16 numbers, which are multiplied and added
+
+static inline void keep(__m512bh& v) { __asm__("" : "+v"(v)); }
+
+template <>
+struct Factor<Pair> {
+    typedef __m512bh Many;
+    static Many load(const Pair* p) { return (__m512bh)_mm512_loadu_si512(p); }
+    static Many spread(Pair x) { return (__m512bh)_mm512_set1_epi32(int(x)); }
+    static void add(Vec& sum, Many value, Many weight) {
+        sum = (Vec)_mm512_dpbf16_ps((__m512)sum, weight, value);
+    }
+};
+template <>
+struct Copy<Bf16> {
+    typedef Pair Type;
+};
+
+static inline void put(Bf16* p, Vec v) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+#endif
+
 static inline float sum(Vec v) {
     float part[LANES];
     store(part, v);

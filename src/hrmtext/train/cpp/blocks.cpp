@@ -1,4 +1,5 @@
-// A block of an HRM on a CPU, forward and backward, over packed rows in fp32.
+// A block of an HRM on a CPU, forward and backward, over packed rows in fp32; its products with weights
+// and their gradients may multiply in bf16, and add in fp32.
 //
 // Letters: T tokens of the stream, S those whose output is wanted, R rows, D hidden size, N heads,
 // K head width, A = N * K, M SwiGLU width, W tokens of a row.
@@ -11,6 +12,8 @@
 #include <cstdint>
 #include <vector>
 
+#include "norms.h"
+#include "pack.h"
 #include "products.h"
 #include "threads.h"
 #include "vectors.h"
@@ -19,9 +22,10 @@ extern "C" {
 
 struct Block {
     int64_t hidden, heads, head_dim, mlp;
+    int64_t bf16;  // packed weights are bf16 pairs, else fp32
     float eps;
-    const float *gqkv, *o, *gate_up, *down;  // packed; gate_up alternates blocks of gate and of up
-    const float *gqkv_t, *o_t, *gate_up_t, *down_t;  // transposed, packed; gate_up in its order
+    void *gqkv, *o, *gate_up, *down;  // packed; gate_up alternates blocks of gate and of up
+    void *gqkv_t, *o_t, *gate_up_t, *down_t;  // transposed, packed; gate_up in its order
 };
 
 struct Rows {
@@ -47,6 +51,7 @@ struct Gradients {
 };
 
 int64_t hrm_block_lanes() { return LANES; }
+int64_t hrm_block_has_bf16() { return HAS_BF16; }
 }
 
 namespace {
@@ -62,7 +67,7 @@ int64_t padded(int64_t count) { return (count + 31) / 32 * 32; }
 
 // Where everything of one thread is in the caller's memory.
 struct Layout {
-    int64_t normed, gated, act, d_gate_up, d_normed, d_middle, d_attended, d_gqkv;
+    int64_t normed, gated, act, d_gate_up, d_normed, d_middle, d_attended, d_gqkv, rounded;
     int64_t packed, scores, scales, weights, scratch;
     Layout(const Block& b, const Rows& r, bool is_backward) {
         const int64_t A = b.heads * b.head_dim, T = most(r), back = is_backward ? T : 0;
@@ -74,6 +79,7 @@ struct Layout {
         d_middle = padded(back * (b.hidden + GAP));
         d_attended = padded(back * (A + GAP));
         d_gqkv = padded(back * (4 * A + GAP));
+        rounded = b.bf16 ? padded(back * (std::max(4 * A, b.hidden) + GAP)) : 0;
         packed = padded(columns(r.longest) * b.head_dim);
         scores = padded(r.longest * columns(r.longest));
         scales = padded(r.longest + 2 * LANES);
@@ -94,7 +100,7 @@ struct Layout {
     }
     int64_t total() const {
         return normed + gated + act + d_gate_up + d_normed + d_middle + d_attended + d_gqkv +
-               2 * packed + 2 * scores + scales + weights + scratch;
+               rounded + 2 * packed + 2 * scores + scales + weights + scratch;
     }
 };
 
@@ -108,6 +114,19 @@ struct Put {
     }
 };
 
+// What a product takes of rows in fp32: the same, or rounded into `into`.
+const float* operand(const float* x, int64_t, int64_t, int64_t, float*) { return x; }
+#if defined(__AVX512BF16__)
+const Bf16* operand(const float* x, int64_t stride, int64_t rows, int64_t columns, Bf16* into) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t i = 0; i < columns; i += LANES)
+            put(into + row * stride + i, load(x + row * stride + i));
+    return into;
+}
+#endif
+
+// `E`: the format of the products' inputs, float or Bf16.
+template <class E>
 class Worker {
   public:
     Worker(const Block& block, const Rows& rows, const Saved& saved, int64_t thread, float* memory,
@@ -122,10 +141,12 @@ class Worker {
             memory += count;
             return here;
         };
-        normed = take(layout.normed);
-        gated = take(layout.gated);
-        act = take(layout.act);
-        d_gate_up = take(layout.d_gate_up);
+        auto take_input = [&](int64_t count) { return reinterpret_cast<E*>(take(count)); };
+        normed = take_input(layout.normed);
+        gated = take_input(layout.gated);
+        act = take_input(layout.act);
+        d_gate_up = take_input(layout.d_gate_up);
+        rounded = take_input(layout.rounded);
         d_normed = take(layout.d_normed);
         d_middle = take(layout.d_middle);
         d_attended = take(layout.d_attended);
@@ -148,7 +169,7 @@ class Worker {
     void forward(const float* x, float* y) {
         norm_rows(x + first * D, D, count);
         float* gqkv = s.gqkv + first * wide;
-        product(b.gqkv, normed, flow, D, count, blocks(4 * A), Put{gqkv, wide});
+        product(weight(b.gqkv), normed, flow, D, count, blocks(4 * A), Put{gqkv, wide});
         for (int64_t t = 0; t < count; ++t)
             for (int64_t n = 0; n < b.heads; ++n) {
                 rotate(gqkv + t * wide + A + n * K, first + t, false);
@@ -158,7 +179,7 @@ class Worker {
             for (int64_t n = 0; n < b.heads; ++n) attend(row, n);
         gate_outputs();
         float* middle = s.middle + first_output * flow;
-        product(b.o, gated, attn, A, outputs, blocks(D),
+        product(weight(b.o), gated, attn, A, outputs, blocks(D),
                 [&](int64_t row, int64_t at, Vec left, Vec right) {
                     at *= LANES;
                     const float* from = x + token(row) * D + at;
@@ -175,7 +196,8 @@ class Worker {
         for (int64_t from = 0; from == 0 || from < outputs; from += PIECE)
             feed_forward_backward(from, std::min(PIECE, outputs - from), d_y + from * D, d);
         gate_outputs();
-        crossed_product(d_middle, flow, gated, attn, outputs, D, A, d.o, A, false, scratch);
+        const E* d_sum = operand(d_middle, flow, outputs, D, rounded);
+        crossed_product(d_sum, flow, gated, attn, outputs, D, A, d.o, A, false, scratch);
         if (r.select) {  // the others get nothing through gate and attention
             std::fill(d_attended, d_attended + count * attn, 0.0f);
             for (int64_t t = 0; t < count; ++t)
@@ -188,7 +210,7 @@ class Worker {
             store(d_gqkv + (t - first) * wide + at,
                   d_gated * load(s.attended + t * attn + at) * open * (spread(1.0f) - open));
         };
-        product(b.o_t, d_middle, flow, D, outputs, blocks(A),
+        product(weight(b.o_t), d_sum, flow, D, outputs, blocks(A),
                 [&](int64_t row, int64_t at, Vec left, Vec right) {
                     through_output(row, at * LANES, left);
                     through_output(row, at * LANES + LANES, right);
@@ -201,10 +223,11 @@ class Worker {
                 rotate(d_gqkv + t * wide + 2 * A + n * K, first + t, true);
             }
         norm_rows(x + first * D, D, count);
-        crossed_product(d_gqkv, wide, normed, flow, count, 4 * A, D, d.gqkv, D, false, scratch);
-        product(b.gqkv_t, d_gqkv, wide, 4 * A, count, blocks(D), Put{d_normed, flow});
+        const E* d_projected = operand(d_gqkv, wide, count, 4 * A, rounded);
+        crossed_product(d_projected, wide, normed, flow, count, 4 * A, D, d.gqkv, D, false, scratch);
+        product(weight(b.gqkv_t), d_projected, wide, 4 * A, count, blocks(D), Put{d_normed, flow});
         for (int64_t t = 0; t < count; ++t)
-            norm_backward(x + (first + t) * D, d_normed + t * flow, d_x + (first + t) * D);
+            norm_backward(x + (first + t) * D, d_normed + t * flow, d_x + (first + t) * D, D, b.eps);
         for (int64_t row = 0; row < outputs; ++row) {
             float* to = d_x + token(row) * D;
             for (int64_t i = 0; i < D; i += LANES)
@@ -220,15 +243,15 @@ class Worker {
         const float* middle = s.middle + (first_output + from) * flow;
         float* gate_up = s.gate_up + (first_output + from) * both;
         norm_rows(middle, flow, rows);
-        product(b.gate_up, normed, flow, D, rows, blocks(2 * M),
+        product(weight(b.gate_up), normed, flow, D, rows, blocks(2 * M),
                 [&](int64_t row, int64_t at, Vec gate, Vec up) {
                     at = at / 2 * LANES;
-                    store(act + row * inner + at, gate * sigmoid(gate) * up);
+                    put(act + row * inner + at, gate * sigmoid(gate) * up);
                     if (!s.gate_up) return;
                     store(gate_up + row * both + at, gate);
                     store(gate_up + row * both + M + at, up);
                 });
-        product(b.down, act, inner, M, rows, blocks(D),
+        product(weight(b.down), act, inner, M, rows, blocks(D),
                 [&](int64_t row, int64_t at, Vec left, Vec right) {
                     at *= LANES;
                     const float* from_middle = middle + row * flow + at;
@@ -245,28 +268,31 @@ class Worker {
             const Vec gate = load(gate_up + row * both + at);
             const Vec up = load(gate_up + row * both + M + at);
             const Vec open = sigmoid(gate), silu = gate * open;
-            store(act + row * inner + at, silu * up);
-            store(d_gate_up + row * both + at,
-                  d_act * up * open * (spread(1.0f) + gate * (spread(1.0f) - open)));
-            store(d_gate_up + row * both + M + at, d_act * silu);
+            put(act + row * inner + at, silu * up);
+            put(d_gate_up + row * both + at,
+                d_act * up * open * (spread(1.0f) + gate * (spread(1.0f) - open)));
+            put(d_gate_up + row * both + M + at, d_act * silu);
         };
-        product(b.down_t, d_y, D, D, rows, blocks(M),
+        const E* d_out = operand(d_y, D, rows, D, rounded);
+        product(weight(b.down_t), d_out, D, D, rows, blocks(M),
                 [&](int64_t row, int64_t at, Vec left, Vec right) {
                     through_gate(row, at * LANES, left);
                     through_gate(row, at * LANES + LANES, right);
                 });
         const bool adds = from > 0;
-        crossed_product(d_y, D, act, inner, rows, D, M, d.down, M, adds, scratch);
+        crossed_product(d_out, D, act, inner, rows, D, M, d.down, M, adds, scratch);
         norm_rows(middle, flow, rows);
         crossed_product(d_gate_up, both, normed, flow, rows, 2 * M, D, d.gate_up, D, adds, scratch);
-        product(b.gate_up_t, d_gate_up, both, 2 * M, rows, blocks(D), Put{d_normed, flow});
+        product(weight(b.gate_up_t), d_gate_up, both, 2 * M, rows, blocks(D), Put{d_normed, flow});
         for (int64_t row = 0; row < rows; ++row) {
             float* d_here = d_middle + (from + row) * flow;
-            norm_backward(middle + row * flow, d_normed + row * flow, d_here);
+            norm_backward(middle + row * flow, d_normed + row * flow, d_here, D, b.eps);
             for (int64_t i = 0; i < D; i += LANES)
                 store(d_here + i, load(d_here + i) + load(d_y + row * D + i));
         }
     }
+
+    static const E* weight(const void* packed) { return static_cast<const E*>(packed); }
 
     static Range blocks(int64_t columns) { return {0, columns / LANES}; }
 
@@ -275,28 +301,13 @@ class Worker {
         return r.select ? r.select[first_output + output] : first_output + output;
     }
 
-    float norm_factor(const float* x) const {
-        Vec squares{};
-        for (int64_t i = 0; i < D; i += LANES) squares += load(x + i) * load(x + i);
-        return 1.0f / std::sqrt(sum(squares) / float(D) + b.eps);
-    }
-
     void norm_rows(const float* x, int64_t stride, int64_t rows) {
         for (int64_t row = 0; row < rows; ++row) {
             const float* here = x + row * stride;
-            const float factor = norm_factor(here);
+            const float factor = norm_factor(here, D, b.eps);
             for (int64_t i = 0; i < D; i += LANES)
-                store(normed + row * flow + i, load(here + i) * factor);
+                put(normed + row * flow + i, load(here + i) * factor);
         }
-    }
-
-    void norm_backward(const float* x, const float* d_out, float* d_x) const {
-        const float factor = norm_factor(x);
-        Vec products{};
-        for (int64_t i = 0; i < D; i += LANES) products += load(x + i) * load(d_out + i);
-        const float along = sum(products) / float(D) * factor * factor;
-        for (int64_t i = 0; i < D; i += LANES)
-            store(d_x + i, (load(d_out + i) - load(x + i) * along) * factor);
     }
 
     // Both halves of x, a head's width, by the tables of a token; `back` turns the other way.
@@ -322,8 +333,8 @@ class Worker {
         for (int64_t row = 0; row < outputs; ++row) {
             const int64_t t = token(row);
             for (int64_t i = 0; i < A; i += LANES)
-                store(gated + row * attn + i,
-                      sigmoid(load(s.gqkv + t * wide + i)) * load(s.attended + t * attn + i));
+                put(gated + row * attn + i,
+                    sigmoid(load(s.gqkv + t * wide + i)) * load(s.attended + t * attn + i));
         }
     }
 
@@ -423,7 +434,8 @@ class Worker {
     const Saved& s;
     const int64_t A, K, D, M;
     const int64_t wide, attn, flow, both, inner;  // from a row to the next
-    float *normed, *gated, *act, *d_gate_up, *d_normed, *d_middle, *d_attended, *d_gqkv;
+    E *normed, *gated, *act, *d_gate_up, *rounded;
+    float *d_normed, *d_middle, *d_attended, *d_gqkv;
     float *packed, *packed_too, *scores, *d_scores, *scales, *scratch;
     int64_t first_row, end_row, first, count, first_output, outputs;
 };
@@ -439,6 +451,15 @@ Gradients inside(const Block& b, float* memory) {
     return d;
 }
 
+// Calls work with a number of the products' format.
+template <class Work>
+void in_format([[maybe_unused]] const Block& b, const Work& work) {
+#if defined(__AVX512BF16__)
+    if (b.bf16) return work(Bf16{});
+#endif
+    work(float{});
+}
+
 }  // namespace
 
 extern "C" int64_t hrm_block_gap() { return GAP; }
@@ -447,10 +468,53 @@ extern "C" int64_t hrm_block_workspace(const Block* block, const Rows* rows, int
     return rows->threads * Layout(*block, *rows, is_backward != 0).total();
 }
 
+// Packs weights as they are, (outputs, inputs), to where the block has them.
+extern "C" void hrm_block_pack(const Block* block, const float* gqkv, const float* o,
+                               const float* gate_up, const float* down, int64_t threads) {
+    const int64_t A = block->heads * block->head_dim, D = block->hidden, M = block->mlp;
+    on_threads(threads, [&](int64_t thread) {
+        in_format(*block, [&](auto format) {
+            auto both = [&](const float* weight, int64_t outputs, int64_t inputs, bool in_turn,
+                            void* packed, void* transposed) {
+                using E = decltype(format);
+                pack<E>(weight, outputs, inputs, false, in_turn, thread, threads, packed);
+                pack<E>(weight, outputs, inputs, true, false, thread, threads, transposed);
+            };
+            both(gqkv, 4 * A, D, false, block->gqkv, block->gqkv_t);
+            both(o, D, A, false, block->o, block->o_t);
+            both(gate_up, 2 * M, D, true, block->gate_up, block->gate_up_t);
+            both(down, D, M, false, block->down, block->down_t);
+        });
+    });
+}
+
+// RMSNorm of rows, and its backward pass.
+extern "C" void hrm_norm_forward(const float* x, float* y, int64_t rows, int64_t width, float eps,
+                                 int64_t threads) {
+    on_threads(threads, [&](int64_t thread) {
+        const Range mine = part(rows, thread, threads);
+        for (int64_t at = mine.begin * width; at < mine.end * width; at += width) {
+            const float factor = norm_factor(x + at, width, eps);
+            for (int64_t i = at; i < at + width; i += LANES) store(y + i, load(x + i) * factor);
+        }
+    });
+}
+
+extern "C" void hrm_norm_backward(const float* x, const float* d_y, float* d_x, int64_t rows,
+                                  int64_t width, float eps, int64_t threads) {
+    on_threads(threads, [&](int64_t thread) {
+        const Range mine = part(rows, thread, threads);
+        for (int64_t at = mine.begin * width; at < mine.end * width; at += width)
+            norm_backward(x + at, d_y + at, d_x + at, width, eps);
+    });
+}
+
 extern "C" void hrm_block_forward(const Block* block, const Rows* rows, const Saved* saved,
                                   const float* x, float* y, float* workspace) {
     on_threads(rows->threads, [&](int64_t thread) {
-        Worker(*block, *rows, *saved, thread, workspace, false).forward(x, y);
+        in_format(*block, [&](auto format) {
+            Worker<decltype(format)>(*block, *rows, *saved, thread, workspace, false).forward(x, y);
+        });
     });
     if (rows->select) return;
     const int64_t used = rows->starts[rows->rows] * block->hidden;
@@ -465,10 +529,12 @@ extern "C" void hrm_block_backward(const Block* block, const Rows* rows, const S
     Barrier barrier{int(threads)};
     std::vector<const float*> parts(static_cast<size_t>(threads));
     on_threads(threads, [&](int64_t thread) {
-        Worker worker(*block, *rows, *saved, thread, workspace, true);
-        float* own = thread == 0 ? weights : worker.weights;
-        parts[size_t(thread)] = own;
-        worker.backward(x, d_y, d_x, inside(*block, own));
+        in_format(*block, [&](auto format) {
+            Worker<decltype(format)> worker(*block, *rows, *saved, thread, workspace, true);
+            float* own = thread == 0 ? weights : worker.weights;
+            parts[size_t(thread)] = own;
+            worker.backward(x, d_y, d_x, inside(*block, own));
+        });
         barrier.wait();
         const Range mine = part(total, thread, threads);
         for (int64_t other = 1; other < threads; ++other)

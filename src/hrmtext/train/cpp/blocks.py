@@ -19,9 +19,8 @@ from torch import nn
 from hrmtext.batch import RowLayout
 from hrmtext.errors import BackendError
 from hrmtext.model import HrmLM
-from hrmtext.model.layers import Block
+from hrmtext.model.layers import Block, ExitNorm
 from hrmtext.runtime.native import load_kernel
-from hrmtext.runtime.native.pack import alternate, pack_columns
 from hrmtext.runtime.native.share import even_shares
 
 MIN_OWN_TOKENS = 32
@@ -35,7 +34,7 @@ _I, _P = ctypes.c_int64, ctypes.c_void_p
 
 class _Block(ctypes.Structure):
     _fields_ = [
-        *((name, _I) for name in ("hidden", "heads", "head_dim", "mlp")),
+        *((name, _I) for name in ("hidden", "heads", "head_dim", "mlp", "bf16")),
         ("eps", ctypes.c_float),
         *((name, _P) for name in _WEIGHTS),
         *((f"{name}_t", _P) for name in _WEIGHTS),
@@ -58,19 +57,24 @@ class _Saved(ctypes.Structure):
 def library() -> ctypes.CDLL:
     """The kernel; BackendError where it cannot be built."""
     loaded = load_kernel(Path(__file__).with_suffix(".cpp"), "block_kernel=cpp")
-    for name in ("hrm_block_lanes", "hrm_block_gap", "hrm_block_workspace"):
-        getattr(loaded, name).restype = _I
-    loaded.hrm_block_forward.restype = loaded.hrm_block_backward.restype = None
+    for name in ("lanes", "has_bf16", "gap", "workspace"):
+        getattr(loaded, f"hrm_block_{name}").restype = _I
+    for name in ("block_pack", "block_forward", "block_backward", "norm_forward", "norm_backward"):
+        getattr(loaded, f"hrm_{name}").restype = None
     return loaded
 
 
-def why_not(model: HrmLM) -> str | None:
-    """What keeps `CppBlocks` from running this model; None: nothing does."""
+def why_not(model: HrmLM, dtype: torch.dtype = torch.float32) -> str | None:
+    """What keeps `CppBlocks` from running this model with products in `dtype`; None: nothing."""
     weight, config = model.lm_head.weight, model.config
     if weight.device.type != "cpu":
         return f"it runs on the CPU, the weights are on {weight.device}"
     if weight.dtype != torch.float32:
-        return f"it computes in fp32, the weights are {weight.dtype}"
+        return f"it takes weights in fp32, these are {weight.dtype}"
+    if dtype == torch.bfloat16 and not library().hrm_block_has_bf16():
+        return "this processor has no instructions for bf16 that the kernel uses (AVX-512 BF16)"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"its products are in fp32 or bf16, not in {dtype}"
     for name, module in model.named_modules():
         if name.rpartition(".")[0].endswith(".layers") and any(
             type(part) is not nn.Linear for part in _linears(cast(Block, module))
@@ -139,29 +143,35 @@ class CppBlocks:
     Padding behind the last row passes through a block unchanged.
     """
 
-    def __init__(self, model: HrmLM) -> None:
+    def __init__(self, model: HrmLM, dtype: torch.dtype = torch.float32) -> None:
         """Build the kernel if need be.
+
+        Args:
+            model: with weights in fp32.
+            dtype: format in which products with weights multiply, bf16 or fp32; sums, attention
+                and all that is kept between blocks are fp32 with both.
 
         Raises:
             BackendError: this model is not for the kernel, or there is no compiler.
         """
-        reason = why_not(model)
+        reason = why_not(model, dtype)
         if reason is not None:
             raise BackendError(
                 f"block_kernel=cpp cannot train this model: {reason}; use block_kernel=torch"
             )
+        self.dtype = dtype
         self._library = library()
-        self._lanes = int(self._library.hrm_block_lanes())
         self._gap = int(self._library.hrm_block_gap())
-        self._blocks = [cast(Block, block) for stack in _stacks(model) for block in stack.layers]
-        self._packed: dict[int, tuple[_Block, list[torch.Tensor]]] = {}
+        blocks = [cast(Block, block) for stack in _stacks(model) for block in stack.layers]
+        self._packed = {id(block): _Packed(block, dtype) for block in blocks}
         self._workspace = torch.empty(0)
         self._free: list[torch.Tensor] = []
 
     @torch.no_grad()
     def pack(self) -> None:
         """Take the weights as they are now."""
-        self._packed = {id(block): self._pack(block) for block in self._blocks}
+        for packed in self._packed.values():
+            packed.take(self._library)
 
     def rows(self, layout: RowLayout) -> RowsPlan:
         """What takes the place of the attention plan of a micro-batch."""
@@ -171,13 +181,23 @@ class CppBlocks:
         self,
         block: nn.Module,
         x: torch.Tensor,
+        *arguments: Any,
+    ) -> torch.Tensor:
+        """As the module's `forward`: (T, D) -> (T, D), or (S, D) of the selected tokens."""
+        if isinstance(block, ExitNorm):
+            return _NormFunction.apply(x.contiguous(), self._library, block.eps)
+        return self._block(block, x, *arguments)
+
+    def _block(
+        self,
+        block: nn.Module,
+        x: torch.Tensor,
         cos: torch.Tensor,
         sin: torch.Tensor,
         plan: RowsPlan,
         slot: int,
         select: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """As `Block.forward`: (T, D) -> (T, D), or (S, D) of the selected tokens."""
         del slot
         x, view = x.contiguous(), plan.view(cos.contiguous(), sin.contiguous(), select)
         if not torch.is_grad_enabled():
@@ -196,7 +216,7 @@ class CppBlocks:
         with_backward: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The block's output, and what its backward pass needs: give it back to `free`."""
-        block, rows = self._packed[key][0], view[0]
+        block, rows = self._packed[key].block, view[0]
         saved = self._take(sum(self._sizes(block, rows)))
         pointers = self._saved(block, rows, saved)
         if not with_backward:
@@ -244,7 +264,7 @@ class CppBlocks:
         d_y: torch.Tensor,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Gradients of the input and of the four weights."""
-        block, rows = self._packed[key][0], view[0]
+        block, rows = self._packed[key].block, view[0]
         size, d_y = block.heads * block.head_dim, d_y.contiguous()
         shapes = ((4 * size, block.hidden), (block.hidden, size),
                   (2 * block.mlp, block.hidden), (block.hidden, block.mlp))  # fmt: skip
@@ -266,20 +286,56 @@ class CppBlocks:
             self._workspace = torch.empty(size)
         return _P(self._workspace.data_ptr())
 
-    def _pack(self, block: Block) -> tuple[_Block, list[torch.Tensor]]:
-        weights = dict(zip(_WEIGHTS, (linear.weight for linear in _linears(block)), strict=True))
-        packed = {name: pack_columns(weight, self._lanes) for name, weight in weights.items()}
-        packed["gate_up"] = alternate(weights["gate_up"], self._lanes)
-        packed |= {f"{name}_t": pack_columns(w.T, self._lanes) for name, w in weights.items()}
-        described = _Block(
-            hidden=weights["o"].shape[0],
-            heads=weights["o"].shape[1] // block.attn.head_dim,
+
+class _Packed:
+    """A block's weights as the kernel reads them."""
+
+    def __init__(self, block: Block, dtype: torch.dtype) -> None:
+        self._weights = dict(zip(_WEIGHTS, (m.weight for m in _linears(block)), strict=True))
+        self._memory = {
+            name + suffix: torch.empty(weight.numel(), dtype=dtype)
+            for name, weight in self._weights.items()
+            for suffix in ("", "_t")
+        }
+        self.block = _Block(
+            hidden=self._weights["o"].shape[0],
+            heads=self._weights["o"].shape[1] // block.attn.head_dim,
             head_dim=block.attn.head_dim,
-            mlp=weights["down"].shape[1],
+            mlp=self._weights["down"].shape[1],
+            bf16=dtype == torch.bfloat16,
             eps=block.eps,
-            **{name: tensor.data_ptr() for name, tensor in packed.items()},
+            **{name: memory.data_ptr() for name, memory in self._memory.items()},
         )
-        return described, list(packed.values())
+
+    def take(self, kernel: ctypes.CDLL) -> None:
+        """Pack the weights as they are now."""
+        weights = [weight.contiguous() for weight in self._weights.values()]
+        pointers = (_P(weight.data_ptr()) for weight in weights)
+        kernel.hrm_block_pack(ctypes.byref(self.block), *pointers, _I(torch.get_num_threads()))
+
+
+class _NormFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, kernel: ctypes.CDLL, eps: float) -> torch.Tensor:
+        ctx.save_for_backward(x)
+        ctx.of = kernel, eps
+        y = torch.empty_like(x)
+        kernel.hrm_norm_forward(_P(x.data_ptr()), _P(y.data_ptr()), *_norm_sizes(x, eps))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
+        (x,), (kernel, eps) = ctx.saved_tensors, ctx.of
+        d_y, d_x = grad_outputs[0].contiguous(), torch.empty_like(x)
+        pointers = (_P(tensor.data_ptr()) for tensor in (x, d_y, d_x))
+        kernel.hrm_norm_backward(*pointers, *_norm_sizes(x, eps))
+        return d_x, None, None
+
+
+def _norm_sizes(x: torch.Tensor, eps: float) -> tuple[Any, ...]:
+    rows, width = x.shape
+    threads = max(1, min(torch.get_num_threads(), rows // MIN_OWN_TOKENS))
+    return _I(rows), _I(width), ctypes.c_float(eps), _I(threads)
 
 
 class _BlockFunction(torch.autograd.Function):

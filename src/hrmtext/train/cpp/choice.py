@@ -18,8 +18,8 @@ WIDEST = 512
 LONGEST = 1_024
 """Tokens of a row up to which it does: the kernel holds all scores of a row and head."""
 PROBE_LENGTHS, PROBE_PREFIXES = (5, 1, 9), (3, 1, 0)
-PROBE_UNITS = 64
-"""Units in the last place of the largest value that the kernel may be off the module."""
+PROBE_UNITS = {torch.float32: 64, torch.bfloat16: 4}
+"""Units in the last place of the largest value that the kernel may be off the module in fp32."""
 
 
 def choose_blocks(
@@ -27,21 +27,25 @@ def choose_blocks(
 ) -> CppBlocks | None:
     """What calls the blocks of a step; None: the module itself.
 
+    Args:
+        model: with weights in fp32.
+        dtype: the run's format, in which the products of blocks multiply.
+
     Raises:
         BackendError: the kernel was asked for by name and cannot run here; the message says why.
     """
     if config.block_kernel == "torch":
         return None
-    reason = _against(model, config, device, dtype)
+    reason = _against(config, device)
     if config.block_kernel == "cpp" and reason is not None:
         raise BackendError(f"block_kernel=cpp cannot be used: {reason}; use block_kernel=torch")
     try:
         if config.block_kernel == "auto":
-            reason = reason or _against_auto(model)
+            reason = reason or _against_auto(model, dtype)
             if reason is not None:
                 logger.debug("block_kernel=auto: torch, as %s", reason)
                 return None
-        blocks = CppBlocks(model)
+        blocks = CppBlocks(model, dtype)
         _probe(blocks, model)
     except BackendError as error:  # the machine's compiler, or its arithmetic, is unfit
         if config.block_kernel == "cpp":
@@ -51,14 +55,10 @@ def choose_blocks(
     return blocks
 
 
-def _against(
-    model: HrmLM, config: TrainConfig, device: torch.device, dtype: torch.dtype
-) -> str | None:
+def _against(config: TrainConfig, device: torch.device) -> str | None:
     """What speaks against the kernel in any case."""
     if device.type != "cpu":
         return f"the device is {device}"
-    if dtype != torch.float32:
-        return f"the precision is {str(dtype).removeprefix('torch.')}"
     if config.compile is True:
         return "compile is true"
     if config.attention != "auto":
@@ -68,7 +68,7 @@ def _against(
     return None
 
 
-def _against_auto(model: HrmLM) -> str | None:
+def _against_auto(model: HrmLM, dtype: torch.dtype) -> str | None:
     """What speaks against it where it was not asked for."""
     if compiler() is None:
         return "there is no C++ compiler"
@@ -76,7 +76,7 @@ def _against_auto(model: HrmLM) -> str | None:
         return f"hidden_size is above {WIDEST}"
     if model.config.max_seq_len > LONGEST:
         return f"rows may be longer than {LONGEST} tokens"
-    return why_not(model)
+    return why_not(model, dtype)
 
 
 def _probe(blocks: CppBlocks, model: HrmLM) -> None:
@@ -96,7 +96,8 @@ def _probe(blocks: CppBlocks, model: HrmLM) -> None:
     expected = [theirs, *torch.autograd.grad(theirs, inputs, towards)]
     for name, a, b in zip(("output", "gradient", *_names(block)), found, expected, strict=True):
         error = float((a - b).detach().abs().max())
-        allowed = PROBE_UNITS * torch.finfo(torch.float32).eps * float(b.detach().abs().max())
+        unit = torch.finfo(blocks.dtype).eps
+        allowed = PROBE_UNITS[blocks.dtype] * unit * float(b.detach().abs().max())
         if not error <= allowed:
             raise BackendError(
                 f"the C++ block's {name} differs from the module's by {error:.2e}, expected at "
