@@ -157,9 +157,9 @@ class TrainConfig:
     """Decay rates of Adam-atan2's first and second moment."""
     weight_decay: float = 0.1
     """Decoupled weight decay, on every parameter that has a gradient."""
-    optimizer_kernel: Literal["auto", "foreach", "compiled"] = "auto"
-    """Update and average as one compiled pass over the weights, or a pass for each term; auto:
-    compiled on CUDA."""
+    optimizer_kernel: Literal["auto", "foreach", "compiled", "cpp"] = "auto"
+    """Update and average as one pass over the weights, compiled by torch or in C++ (fp32 on a CPU),
+    or a pass for each term; auto: compiled on CUDA, cpp on a CPU with a C++ compiler."""
     ema_decay: float = 0.9999
     """Decay per step of the fp32 weight average, which is what is evaluated and released."""
 

@@ -11,18 +11,19 @@ Trap: other Adam-atan2 packages divide m by 1 - b1^t inside atan2, so their firs
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from collections.abc import Iterable, Mapping
-from functools import cache
 from typing import Any, Literal
 
 import torch
 
-from hrmtext.errors import CheckpointError, ConfigError
+from hrmtext.errors import BackendError, CheckpointError, ConfigError
+from hrmtext.train.cpp import optimizer as cpp
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
-Kernel = Literal["auto", "foreach", "compiled"]
+Kernel = Literal["auto", "foreach", "compiled", "cpp"]
 
 
 class AdamAtan2(torch.optim.Optimizer):
@@ -47,21 +48,30 @@ class AdamAtan2(torch.optim.Optimizer):
 
         Args:
             kernel: `foreach`: a pass over the weights for each term of the formula; `compiled`: one
-                pass for the whole formula and the average, by torch.compile; `auto`: compiled on
-                CUDA, foreach elsewhere (a compiler may be missing). They agree within rounding.
+                pass for the whole formula and the average, by torch.compile; `cpp`: the same by a
+                C++ kernel for fp32 on a CPU; `auto`: compiled on CUDA, cpp on a CPU with a C++
+                compiler, else foreach. They agree within rounding.
 
         Raises:
+            BackendError: `cpp`, and a parameter is not for it, or it cannot be built.
             ConfigError: a parameter is not fp32 or fp64: updates this small vanish in bf16.
         """
         defaults = {"lr": lr, "betas": betas, "weight_decay": weight_decay, "ema_decay": ema_decay}
         super().__init__(params, defaults)
         self.kernel: Kernel = kernel
+        if kernel == "cpp":
+            cpp.library()
         for group in self.param_groups:
             for parameter in group["params"]:
                 if parameter.dtype not in (torch.float32, torch.float64):
                     raise ConfigError(
                         f"a parameter is {parameter.dtype}; AdamAtan2 updates fp32 master weights, "
                         "keep those and compute in a bf16 copy"
+                    )
+                if kernel == "cpp" and not _suits_cpp(parameter):
+                    raise BackendError(
+                        f"optimizer_kernel=cpp updates fp32 weights on the CPU, a parameter is "
+                        f"{parameter.dtype} on {parameter.device}; use optimizer_kernel=auto"
                     )
                 state: dict[str, Any] = {"step": 0}
                 for name in _MOMENTS:
@@ -92,21 +102,23 @@ class AdamAtan2(torch.optim.Optimizer):
                     by_step.setdefault(state["step"], []).append(parameter)
             averaged: set[torch.Tensor] = set()
             for count, parameters in by_step.items():
-                if self._is_compiled(parameters[0]):
-                    self._update_compiled(parameters, count, group)
-                    averaged.update(parameters)
-                else:
+                if self._kernel_of(parameters[0]) == "foreach":
                     self._update(parameters, count, group)
+                else:
+                    self._update_in_one_pass(parameters, count, group)
+                    averaged.update(parameters)
             rest = [p for p in group["params"] if p not in averaged]
             if group["ema_decay"] is not None and rest:
                 averages = [local(self.state[parameter]["ema"]) for parameter in rest]
                 current = [local(parameter) for parameter in rest]
                 torch._foreach_lerp_(averages, current, 1.0 - group["ema_decay"])
 
-    def _is_compiled(self, parameter: torch.Tensor) -> bool:
-        if self.kernel == "auto":
-            return parameter.device.type == "cuda"
-        return self.kernel == "compiled"
+    def _kernel_of(self, parameter: torch.Tensor) -> Kernel:
+        if self.kernel != "auto":
+            return self.kernel
+        if parameter.device.type == "cuda":
+            return "compiled"
+        return "cpp" if _suits_cpp(parameter) and cpp.is_usable() else "foreach"
 
     def _update(self, parameters: list[torch.Tensor], count: int, group: dict[str, Any]) -> None:
         lr, weight_decay = group["lr"], group["weight_decay"]
@@ -127,31 +139,39 @@ class AdamAtan2(torch.optim.Optimizer):
             torch.atan2(m, update, out=update)
             parameter.sub_(update.mul_(scale))
 
-    def _update_compiled(
+    def _update_in_one_pass(
         self, parameters: list[torch.Tensor], count: int, group: dict[str, Any]
     ) -> None:
         lr, (beta1, beta2) = group["lr"], group["betas"]
         ema_decay = group["ema_decay"]
-        # Tensors, not floats: a float that changes would be compiled anew at every step.
+        correction = math.sqrt(1.0 - beta2**count)
         numbers = [
             1.0 - lr * group["weight_decay"],
             1.0 - beta1,
             beta2,
             1.0 - beta2,
             lr / (1.0 - beta1**count),
-            math.sqrt(1.0 - beta2**count),
+            1.0 / correction,
             0.0 if ema_decay is None else 1.0 - ema_decay,
         ]
-        scalars = [torch.as_tensor(x, dtype=parameters[0].dtype) for x in numbers]
+        if self._kernel_of(parameters[0]) == "cpp":
+            run = functools.partial(_by_cpp, cpp.library(), numbers)
+        else:
+            # Tensors, not floats: a float that changes would be compiled anew at every step.
+            run = functools.partial(
+                _one_pass(), [torch.as_tensor(x, dtype=parameters[0].dtype) for x in numbers]
+            )
         for parameter in parameters:
             assert parameter.grad is not None, "only parameters with a gradient are updated"
             state = self.state[parameter]
-            tensors = [parameter, parameter.grad, *(state[name] for name in _MOMENTS)]
+            own = [parameter, *(state[name] for name in _MOMENTS)]
             if ema_decay is not None:
-                tensors.append(state["ema"])
-            flat = [local(tensor).view(-1) for tensor in tensors]
+                own.append(state["ema"])
+            # What is written must be seen through; a gradient is only read.
+            flat = [local(tensor).view(-1) for tensor in own]
+            flat.insert(1, local(parameter.grad).reshape(-1))
             if flat[0].numel():  # a rank may hold no part of a small parameter
-                _one_pass()(flat, scalars)
+                run(flat)
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of every group: `lr` times its `lr_scale`, where it has one."""
@@ -219,18 +239,29 @@ def local(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-@cache
+def _suits_cpp(parameter: torch.Tensor) -> bool:
+    is_plain = parameter.device.type == "cpu" and parameter.is_contiguous()
+    return is_plain and parameter.dtype == torch.float32
+
+
+def _by_cpp(kernel: Any, numbers: list[float], flat: list[torch.Tensor]) -> None:
+    parameter, gradient, first, second, *average = flat
+    moments = first, second
+    cpp.update(kernel, parameter, gradient, moments, average[0] if average else None, numbers)
+
+
+@functools.cache
 def _one_pass() -> Any:
     return torch.compile(_formula, dynamic=True)
 
 
-def _formula(flat: list[torch.Tensor], scalars: list[torch.Tensor]) -> None:
+def _formula(scalars: list[torch.Tensor], flat: list[torch.Tensor]) -> None:
     """The whole step of one parameter, and its average where `flat` has one, element by element."""
     parameter, gradient, first, second, *average = flat
     decay, one_minus_beta1, beta2, one_minus_beta2, scale, correction, one_minus_ema = scalars
     m = first + (gradient - first) * one_minus_beta1
     v = second * beta2 + gradient * gradient * one_minus_beta2
-    p = parameter * decay - torch.atan2(m, v.sqrt() / correction) * scale
+    p = parameter * decay - torch.atan2(m, v.sqrt() * correction) * scale
     first.copy_(m)
     second.copy_(v)
     parameter.copy_(p)

@@ -7,9 +7,11 @@ import pytest
 import torch
 
 from hrmtext.config import preset
-from hrmtext.errors import CheckpointError, ConfigError
+from hrmtext.errors import BackendError, CheckpointError, ConfigError
 from hrmtext.model import build_model
 from hrmtext.model.depth import Depth
+from hrmtext.runtime.native import compiler
+from hrmtext.train.cpp import optimizer as cpp
 from hrmtext.train.optim import AdamAtan2
 
 SHAPES = ((5, 3), (7,), (1, 4), (6, 6))
@@ -98,11 +100,19 @@ def test_the_compiled_kernel_equals_the_formula_and_new_rates_and_counts_compile
     assert compiled[-1] == compiled[1], "a later step was compiled anew"
 
 
-def test_fp32_stays_within_rounding_of_fp64():
+NEEDS_CPP = pytest.mark.skipif(not cpp.is_usable(), reason="needs a C++ compiler")
+KERNELS = ["foreach", pytest.param("cpp", marks=NEEDS_CPP)]
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_fp32_stays_within_rounding_of_fp64(kernel):
     narrow, wide = parameters(torch.float32), parameters(torch.float64)
     for p, q in zip(narrow, wide, strict=True):
         q.data.copy_(p.data)
-    optimizers = [AdamAtan2(x, lr=0.01, ema_decay=0.9) for x in (narrow, wide)]
+    optimizers = [
+        AdamAtan2(x, lr=0.01, ema_decay=0.9, kernel=k)
+        for x, k in ((narrow, kernel), (wide, "auto"))
+    ]
     steps = 50
     for step in range(steps):
         for p, q, g in zip(narrow, wide, gradients(step), strict=True):
@@ -113,6 +123,78 @@ def test_fp32_stays_within_rounding_of_fp64():
     budget = steps * 4 * torch.finfo(torch.float32).eps
     for p, q in zip(narrow, wide, strict=True):
         assert float(((p - q).abs() / (q.abs() + 0.05)).max().detach()) < budget
+    for average, exact in zip(*(one.averages() for one in optimizers), strict=True):
+        assert float(((average - exact).abs() / (exact.abs() + 0.05)).max()) < budget
+
+
+@NEEDS_CPP
+@pytest.mark.parametrize("scale", [1.0, 1e-12, 1e-25, 1e9])
+def test_the_cpp_kernel_is_as_near_to_fp64_as_foreach_at_any_gradient_scale(scale):
+    sizes = [1, 5, 16, 33, 70_001]  # less than a vector, whole ones, several threads' worth
+    draw = torch.Generator().manual_seed(5)
+    starts = [torch.randn(size, generator=draw) for size in sizes]
+    found = {}
+    for kernel, dtype in (
+        ("cpp", torch.float32),
+        ("foreach", torch.float32),
+        ("auto", torch.float64),
+    ):
+        own = [torch.nn.Parameter(start.to(dtype, copy=True)) for start in starts]
+        optimizer = AdamAtan2(own, lr=0.05, ema_decay=0.8, kernel=kernel)
+        draw = torch.Generator().manual_seed(6)
+        for step in range(5):
+            for p in own:
+                gradient = scale * torch.randn(p.shape, generator=draw)
+                gradient[::7] = 0.0
+                p.grad = gradient.to(dtype)
+            optimizer.step()
+            optimizer.set_lr(0.05 / (step + 2))
+        state = [optimizer.state[p] for p in own]
+        found[kernel] = [torch.cat([p.detach() for p in own])] + [
+            torch.cat([one[name] for one in state]) for name in ("exp_avg", "exp_avg_sq", "ema")
+        ]
+    for ours, plain, exact in zip(found["cpp"], found["foreach"], found["auto"], strict=True):
+        error, budget = (float((one - exact).abs().max()) for one in (ours, plain))
+        assert error <= 2 * budget + 1e-7 * float(exact.abs().max())
+
+
+@NEEDS_CPP
+def test_auto_takes_the_cpp_kernel_for_fp32_on_a_cpu_and_by_name_it_refuses_others():
+    for dtype, kernel in ((torch.float32, "cpp"), (torch.float64, "foreach")):
+        parameter = torch.nn.Parameter(torch.zeros(3, dtype=dtype))
+        assert AdamAtan2([parameter], lr=0.1)._kernel_of(parameter) == kernel
+    with pytest.raises(
+        BackendError, match=r"fp32 weights on the CPU, a parameter is torch\.float64"
+    ):
+        AdamAtan2([parameter], lr=0.1, kernel="cpp")
+
+
+@NEEDS_CPP
+def test_a_gradient_with_gaps_is_read_as_it_is_seen():
+    gradient = torch.randn(6, 4, generator=torch.Generator().manual_seed(1))
+    ends = []
+    for given in (gradient.T, gradient.T.contiguous()):
+        parameter = torch.nn.Parameter(torch.ones(4, 6))
+        parameter.grad = given
+        AdamAtan2([parameter], lr=0.1, kernel="cpp").step()
+        ends.append(parameter.detach())
+    assert torch.equal(*ends)
+
+
+def test_a_kernel_that_computes_wrongly_is_not_used(monkeypatch, caplog):
+    def wrong(kernel, parameter, *rest):
+        parameter.add_(1e-3)
+
+    monkeypatch.setattr(cpp, "update", wrong)
+    cpp.library.cache_clear(), cpp.is_usable.cache_clear()
+    try:
+        if compiler() is not None:
+            with pytest.raises(BackendError, match="weight is not that of the formula"):
+                cpp.library()
+        parameter = torch.nn.Parameter(torch.zeros(3))
+        assert AdamAtan2([parameter], lr=0.1)._kernel_of(parameter) == "foreach"
+    finally:
+        cpp.library.cache_clear(), cpp.is_usable.cache_clear()
 
 
 def test_the_average_starts_at_the_initial_weights_and_is_exact():

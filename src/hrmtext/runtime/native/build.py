@@ -17,7 +17,7 @@ from hrmtext.runtime.log import logger
 
 HEADERS = Path(__file__).parent
 COMPILERS = ("g++", "clang++", "c++")
-FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread")
+FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno")
 NATIVE = ("-march=native", "-mcpu=native")
 """How compilers are told to use all instructions of this processor; not all know the first."""
 BUILD_SECONDS = 300

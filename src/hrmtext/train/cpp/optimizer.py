@@ -1,0 +1,90 @@
+"""Adam-atan2 on a CPU by a C++ kernel: one pass over weight, gradient, moments and average."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from pathlib import Path
+
+import torch
+
+from hrmtext.errors import BackendError
+from hrmtext.runtime.log import logger
+from hrmtext.runtime.native import compiler, load_kernel
+
+PROBE_UNITS = 4
+"""Units in the last place that an arc tangent of the kernel may be off torch's."""
+_NUMBERS = 7
+
+_I, _P = ctypes.c_int64, ctypes.c_void_p
+
+
+@functools.cache
+def library() -> ctypes.CDLL:
+    """The kernel, proved on this machine.
+
+    Raises:
+        BackendError: it cannot be built, or does not compute here what the formula says.
+    """
+    loaded = load_kernel(Path(__file__).with_suffix(".cpp"), "optimizer_kernel=cpp")
+    loaded.hrm_adam_atan2.restype = None
+    _probe(loaded)
+    return loaded
+
+
+@functools.cache
+def is_usable() -> bool:
+    """Whether this machine builds the kernel and it computes what it should."""
+    if compiler() is None:
+        return False
+    try:
+        library()
+    except BackendError as error:
+        logger.warning("optimizer_kernel=auto takes foreach, which is slower: %s", error)
+        return False
+    return True
+
+
+def update(
+    kernel: ctypes.CDLL,
+    parameter: torch.Tensor,
+    gradient: torch.Tensor,
+    moments: tuple[torch.Tensor, torch.Tensor],
+    average: torch.Tensor | None,
+    numbers: list[float],
+) -> None:
+    """One step of one parameter, and its average where there is one, in place.
+
+    Args:
+        parameter, gradient, moments, average: fp32 on the CPU, without gaps, of one shape.
+        numbers: 1 - lr * wd, 1 - b1, b2, 1 - b2, lr / (1 - b1^t), 1 / sqrt(1 - b2^t), 1 - decay of
+            the average.
+    """
+    tensors = (parameter, gradient, *moments)
+    pointers = [_P(tensor.data_ptr()) for tensor in tensors]
+    pointers.append(_P(None if average is None else average.data_ptr()))
+    kernel.hrm_adam_atan2(
+        *pointers, _I(parameter.numel()), (ctypes.c_float * _NUMBERS)(*numbers),
+        _I(torch.get_num_threads()),
+    )  # fmt: skip
+
+
+def _probe(kernel: ctypes.CDLL) -> None:
+    """Refuse a kernel whose step is not that of the formula, over the range of an arc tangent."""
+    draw = torch.Generator().manual_seed(0)
+    size = torch.logspace(-30, 15, 101)
+    gradient = size * torch.randn(101, generator=draw)
+    weight, average = torch.zeros(101), torch.ones(101)
+    moments = torch.zeros(101), size.square()
+    update(kernel, weight, gradient, moments, average, [1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.25])
+    angle = torch.atan2(gradient, size.square().sqrt())
+    expected = {"weight": -angle, "first moment": gradient, "average": 0.75 - 0.25 * angle}
+    found = {"weight": weight, "first moment": moments[0], "average": average}
+    for name, value in expected.items():
+        tolerance = PROBE_UNITS * torch.finfo(torch.float32).eps
+        if not torch.allclose(found[name], value, rtol=tolerance, atol=tolerance * math.pi):
+            raise BackendError(
+                f"the C++ optimizer's {name} is not that of the formula on this machine; use "
+                "optimizer_kernel=foreach and report the compiler and processor"
+            )
