@@ -30,14 +30,15 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     device = pick_device(arguments.device)
+    ours = ("foreach", "compiled", *(["cpp"] if device.type == "cpu" else []))
     sides = {}
     count = 0
-    for name in ("foreach", "compiled", "torch AdamW, fused, no average"):
+    for name in (*ours, "torch AdamW, fused, no average"):
         weights = list(build_model(preset(arguments.preset), seed=0, device=device).parameters())
         count = sum(weight.numel() for weight in weights)
         for weight in weights:
             weight.grad = torch.randn_like(weight)
-        if name in ("foreach", "compiled"):
+        if name in ours:
             sides[name] = AdamAtan2(weights, lr=1e-4, kernel=name).step
         else:
             sides[name] = torch.optim.AdamW(weights, lr=1e-4, fused=True).step
@@ -57,7 +58,7 @@ def main() -> None:
             "share_of_the_read_rate": {
                 name: round(floor / statistics.median(values), 2)
                 for name, values in seconds.items()
-                if name in ("foreach", "compiled")
+                if name in ours
             },
         },
     )

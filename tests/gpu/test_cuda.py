@@ -113,7 +113,6 @@ def test_a_microbatch_makes_the_host_wait_for_nothing(loss):
             compute.module, micro, depth=None, scale=0.1, chunk_bytes=1 << 20, kernel=loss
         )
         found.total.backward()
-        compute.collect_gradients()
         return step_sums(found, micro)
 
     accumulate()  # chooses and tests kernels, which may wait
@@ -177,7 +176,6 @@ def test_training_runs_on_the_gpu_and_its_loss_falls():
         out = compute.module(moved.tokens, moved.positions, plan, select=select.to("cuda"))
         loss = cross_entropy(out.logits.float(), batch.labels[select].to("cuda"))
         loss.backward()
-        compute.collect_gradients()
         optimizer.step()
         compute.refresh()
         losses.append(loss.item())

@@ -387,7 +387,9 @@ class Session:
 
     def _score(self, batches: Sequence[ValidationBatch]) -> dict[str, dict[str, Any]]:
         averages = self.state.optimizer.averages()
-        return validate_both(self.compute, averages, batches, self.config, self.device)
+        return validate_both(
+            self.compute, averages, batches, self.config, self.device, self.step.blocks
+        )
 
     def _check_forgetting(
         self, log: MetricsLog | None, shown: TrainingProgress, *, is_start: bool = False

@@ -198,9 +198,11 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         losses = hidden.new_empty(len(labels), dtype=wide)  # (S)
         correct = torch.empty_like(labels, dtype=torch.bool)  # (S)
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
-        # Chunks add up in fp32; the sum is rounded once to the weight's format.
+        # Chunks add up in fp32 and are rounded once to the weight's format, as one alone is.
         with_weight = needs_gradient and ctx.needs_input_grad[1]  # not where it is frozen
-        grad_weight = torch.zeros_like(weight, dtype=wide) if with_weight else None
+        is_one = len(labels) <= chunk_rows
+        sums = weight.dtype if is_one else wide
+        grad_weight = torch.zeros_like(weight, dtype=sums) if with_weight else None
         # A float would be compiled anew at every step; a CPU scalar goes into any kernel.
         factor = torch.tensor(scale, dtype=wide)
         for start in range(0, len(labels), chunk_rows):
@@ -215,7 +217,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             torch.mm(grad, weight, out=grad_hidden[rows])
             if grad_weight is None:
                 continue
-            if grad.dtype == wide:
+            if is_one:
+                torch.mm(grad.T, hidden, out=grad_weight)
+            elif grad.dtype == wide:
                 grad_weight.addmm_(grad.T, hidden[rows])
             else:
                 grad_weight += grad.T @ hidden[rows]

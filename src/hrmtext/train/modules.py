@@ -77,8 +77,8 @@ class Modules:
         """
         sums = torch.zeros(2, dtype=torch.float64, device=self.parameters[0].device)
         for parameter in self.members(module):
-            direction = optimizer.direction(parameter)
-            if direction is not None:
-                sums[0] += torch.linalg.vector_norm(direction).double().square()
+            square = optimizer.update_square(parameter)
+            if square is not None:
+                sums[0] += square
             sums[1] += torch.linalg.vector_norm(local(parameter)).double().square()
         return sums

@@ -23,6 +23,8 @@ from hrmtext.errors import BackendError, CheckpointError, ConfigError
 from hrmtext.train.cpp import optimizer as cpp
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+PIECE = 1 << 24
+"""Weights whose last update is looked at together."""
 Kernel = Literal["auto", "foreach", "compiled", "cpp"]
 
 
@@ -179,20 +181,29 @@ class AdamAtan2(torch.optim.Optimizer):
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
     @torch.no_grad()
-    def direction(self, parameter: torch.Tensor) -> torch.Tensor | None:
-        """The last update of this rank's part at lr 1, without weight decay; None before any."""
+    def update_square(self, parameter: torch.Tensor) -> torch.Tensor | None:
+        """() fp64: squared norm of the last update of this rank's part at lr 1; None before any.
+
+        Weight decay is not counted.
+        """
         state = self.state[parameter]
         if not state["step"]:
             return None
-        beta1, beta2 = self.param_groups[0]["betas"]
-        scale = local(state["exp_avg_sq"]).sqrt().div_(math.sqrt(1.0 - beta2 ** state["step"]))
-        angle = torch.atan2(local(state["exp_avg"]), scale, out=scale)
         rate = next(
             group.get("lr_scale", 1.0)
             for group in self.param_groups
             if any(parameter is one for one in group["params"])
         )
-        return angle.mul_(rate / (1.0 - beta1 ** state["step"]))
+        beta1, beta2 = self.param_groups[0]["betas"]
+        correction = math.sqrt(1.0 - beta2 ** state["step"])
+        first, second = (local(state[name]).view(-1) for name in _MOMENTS)
+        square = torch.zeros((), dtype=torch.float64, device=first.device)
+        # Piece by piece: the angles of a large embedding would take as much memory as it does.
+        for m, v in zip(first.split(PIECE), second.split(PIECE), strict=True):
+            scale = v.sqrt().div_(correction)
+            angles = torch.atan2(m, scale, out=scale)
+            square += torch.linalg.vector_norm(angles).double().square()
+        return square * (rate / (1.0 - beta1 ** state["step"])) ** 2
 
     def averages(self) -> list[torch.Tensor]:
         """The averages, in the order of the parameters; ConfigError where none are kept."""

@@ -1,18 +1,20 @@
 """fp32 master weights and the module that computes: the same one, or a bf16 copy of it.
 
-In bf16 the copy's gradients are added to fp32 gradients of the master weights after every
-microbatch, and the copy is refreshed from the master weights after every optimizer step. No
-autocast: what runs in which format is what the module's tensors say.
+In bf16 each gradient of the copy is added to the fp32 gradient of the master weight as soon as it
+is whole, in every microbatch, and the copy is refreshed from the master weights after every
+optimizer step. No autocast: what runs in which format is what the module's tensors say.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch.utils.hooks import RemovableHandle
 
 from hrmtext.errors import ConfigError
 from hrmtext.model import HrmLM
@@ -33,8 +35,9 @@ class ComputeModel:
         if master_dtype not in (torch.float32, torch.float64):
             raise ConfigError(f"master weights are {master_dtype}, expected torch.float32")
         self.is_copy = dtype != master_dtype
-        self._take(copy.deepcopy(master).to(dtype) if self.is_copy else master)
         self._buffers: dict[int, torch.Tensor] = {}
+        self._hooks: list[RemovableHandle] = []
+        self._take(copy.deepcopy(master).to(dtype) if self.is_copy else master)
         self.shards = Shards.whole(master)
 
     def use_master(self) -> None:
@@ -51,6 +54,12 @@ class ComputeModel:
         ]
         """Trained weights of master and copy."""
         self._frozen = [pair for pair in pairs if not pair[0].requires_grad]
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = [
+            computed.register_post_accumulate_grad_hook(functools.partial(self._collect, index))
+            for index, (_, computed) in enumerate(self._pairs if self.is_copy else [])
+        ]
 
     def call(self, function: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
         """`function(module, ...)`, ready for a backward pass."""
@@ -59,7 +68,6 @@ class ComputeModel:
     def backward(self, loss: torch.Tensor) -> None:
         """Add the gradients of a microbatch to the master's."""
         loss.backward()
-        self.collect_gradients()
 
     def reduce(self) -> None:
         """Sum the gradients over all ranks."""
@@ -72,27 +80,17 @@ class ComputeModel:
             computed.grad = None
 
     @torch.no_grad()
-    def collect_gradients(self) -> None:
-        """Add the copy's gradients to the master's in fp32; nothing to do without a copy."""
-        if not self.is_copy:
-            return
-        fresh: list[tuple[torch.Tensor, torch.Tensor]] = []
-        more: list[tuple[torch.Tensor, torch.Tensor]] = []
-        for index, (master, computed) in enumerate(self._pairs):
-            if computed.grad is None:
-                continue
-            if master.grad is None:
-                if index not in self._buffers:
-                    self._buffers[index] = torch.empty_like(master, requires_grad=False)
-                master.grad = self._buffers[index]
-                fresh.append((master.grad, computed.grad))
-            else:
-                more.append((master.grad, computed.grad))
-            computed.grad = None
-        if fresh:
-            torch._foreach_copy_([pair[0] for pair in fresh], [pair[1] for pair in fresh])
-        if more:
-            torch._foreach_add_([pair[0] for pair in more], [pair[1] for pair in more])
+    def _collect(self, index: int, computed: torch.Tensor) -> None:
+        """Add a whole gradient of the copy to the master's, in fp32, and free it."""
+        master = self._pairs[index][0]
+        assert computed.grad is not None, "called when the gradient has been accumulated"
+        if master.grad is None:
+            if index not in self._buffers:
+                self._buffers[index] = torch.empty_like(master, requires_grad=False)
+            master.grad = self._buffers[index].copy_(computed.grad)
+        else:
+            master.grad += computed.grad
+        computed.grad = None
 
     @torch.no_grad()
     def refresh(self, *, frozen: bool = False) -> None:

@@ -12,6 +12,7 @@ from hrmtext.config.train import TrainConfig
 from hrmtext.data.heldout import ValidationBatch
 from hrmtext.model import HrmLM
 from hrmtext.runtime import dist
+from hrmtext.train.cpp import CppBlocks
 from hrmtext.train.loss import Microbatch, cross_entropy, exact_rows
 from hrmtext.train.precision import ComputeModel
 
@@ -31,10 +32,14 @@ def validate(
     dtype: torch.dtype,
     backend: str = "auto",
     chunk_bytes: int = 1 << 28,
+    blocks: CppBlocks | None = None,
 ) -> dict[str, Any]:
     """Score the supervised tokens of held-out rows under teacher forcing.
 
     The batches are shared out over the ranks; every rank returns the sums over all.
+
+    Args:
+        blocks: what computes the model's blocks in training, with the weights as they are now.
 
     Returns:
         `rows`, `tokens`, `loss` (nats a token), `token_accuracy`, `exact_answer` (share of rows
@@ -44,6 +49,8 @@ def validate(
     groups = _groups(batches)
     sums = torch.zeros(len(groups), _NUM_COLUMNS, dtype=torch.float64)
     by_cycle = torch.zeros(model.config.H_cycles, dtype=torch.float64)
+    if blocks is not None:
+        blocks.pack()
     for batch in batches[dist.rank() :: dist.world_size()]:
         micro = Microbatch.prepare(
             batch.batch,
@@ -51,8 +58,9 @@ def validate(
             dtype=dtype,
             backend=backend,
             head_dim=model.config.head_dim,
+            plan=None if blocks is None else blocks.rows(batch.batch.layout),
         )
-        rows, cycles = _score(model, micro, chunk_bytes)
+        rows, cycles = _score(model, micro, chunk_bytes, blocks)
         by_cycle += cycles
         for kind, names in (("condition", batch.conditions), ("stratum", batch.strata)):
             index = torch.tensor([groups[(kind, name)] for name in names], dtype=torch.int64)
@@ -77,6 +85,7 @@ def validate_both(
     batches: Sequence[ValidationBatch],
     config: TrainConfig,
     device: torch.device,
+    blocks: CppBlocks | None = None,
 ) -> dict[str, dict[str, Any]]:
     """`validate` of the `raw` weights and of the averages (`ema`) of a run."""
     results = {}
@@ -89,13 +98,16 @@ def validate_both(
                 dtype=compute.dtype,
                 backend=config.attention,
                 chunk_bytes=config.loss_chunk_bytes,
+                blocks=blocks,
             )
     return results
 
 
-def _score(model: HrmLM, micro: Microbatch, chunk_bytes: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _score(
+    model: HrmLM, micro: Microbatch, chunk_bytes: int, blocks: CppBlocks | None
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(R, columns) sums of each row and (H_cycles) loss sums, fp64 on the CPU."""
-    states = model.model(micro.tokens, micro.positions, micro.plan)
+    states = model.model(micro.tokens, micro.positions, micro.plan, call_block=blocks)
     weight = model.lm_head.weight
     cycles = []
     for state in states:

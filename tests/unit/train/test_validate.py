@@ -12,9 +12,12 @@ from hrmtext.batch import PackedBatch
 from hrmtext.config import preset
 from hrmtext.data.heldout import ValidationBatch
 from hrmtext.model import build_model, make_plan
+from hrmtext.runtime.native import compiler
+from hrmtext.train.build import build_compute
+from hrmtext.train.cpp import CppBlocks
 from hrmtext.train.signals import StopRequest
 from hrmtext.train.source import _spread
-from hrmtext.train.validate import validate
+from hrmtext.train.validate import validate, validate_both
 
 CPU = torch.device("cpu")
 CONFIG = preset("test")
@@ -77,6 +80,28 @@ def test_every_number_equals_the_count_by_hand(rows_per_batch):
     assert found["loss_by_cycle"][-1] == pytest.approx(found["loss"])
     assert found["by_stratum"]["all"]["rows"] == found["rows"] == 33
     assert found["token_accuracy"] > 0
+
+
+@pytest.mark.skipif(compiler() is None, reason="needs a C++ compiler")
+def test_the_blocks_of_training_give_the_same_numbers_for_weights_and_averages():
+    config = small_config(model={"preset": "test", "head_dim": 32})
+    compute = build_compute(config, torch.float32, CPU)
+    blocks = CppBlocks(compute.master)
+    rows = random_rows(30)
+    batches = packed(rows, ["direct"] * len(rows), 7)
+    draw = torch.Generator().manual_seed(2)
+    averages = [
+        p.detach() + 0.05 * torch.randn(p.shape, generator=draw)
+        for p in compute.master.parameters()
+    ]
+    found, expected = (
+        validate_both(compute, averages, batches, config, CPU, used) for used in (blocks, None)
+    )
+    assert found["raw"]["loss"] != pytest.approx(found["ema"]["loss"], rel=1e-3)
+    for name in ("raw", "ema"):
+        assert found[name]["exact_answer"] == expected[name]["exact_answer"]
+        for key in ("loss", "loss_by_cycle"):
+            assert found[name][key] == pytest.approx(expected[name][key], rel=1e-5)
 
 
 def test_validation_leaves_no_gradient_and_no_change():
