@@ -207,7 +207,7 @@ def estimate(
         mean = _mean_flops(config, model, total_steps, shape)
         total_flops = mean * total_tokens
     if measure:
-        tokens_per_s, basis = _measured(config, model, device, num_devices)
+        tokens_per_s, basis = _measured(config, model, device, num_devices, source)
     else:
         tokens_per_s, basis = _assumed(peak, num_devices, flops_per_token)
     seconds = None
@@ -335,10 +335,14 @@ def _mean_flops(
 
 
 def _measured(
-    config: TrainConfig, model: ModelConfig, device: torch.device, num_devices: int
+    config: TrainConfig,
+    model: ModelConfig,
+    device: torch.device,
+    num_devices: int,
+    source: DataSource | None,
 ) -> tuple[float, str]:
-    speed = measure_speed(config, model, device)
-    note = "measured here over a few steps"
+    speed = measure_speed(config, model, device, source)
+    note = "measured here over a few steps" + ("" if source is None else " of this data")
     if num_devices > 1:
         note += f", times {num_devices} devices"
     return speed * num_devices, note

@@ -1,9 +1,11 @@
-"""A few real steps on random rows, to measure how fast they are here."""
+"""A few real steps, to measure how fast they are here."""
 
 from __future__ import annotations
 
+import itertools
 import statistics
 import time
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -20,17 +22,28 @@ from hrmtext.train.precision import ComputeModel
 from hrmtext.train.schedule import depth_with
 from hrmtext.train.step import TrainStep
 
+if TYPE_CHECKING:
+    from hrmtext.train.source import DataSource
+
 PROBE_STEPS = 3
 PROBE_SECONDS = 1.0
 """Steps that are timed at least, and how long short ones are timed on."""
 TYPICAL_ROW_TOKENS = 135
-"""Mean length of a row of the published corpus, assumed where no data is given."""
+"""Mean length of a row of the published corpus, assumed where the rows are not known."""
 TYPICAL_HEAD_SHARE = 0.3
-"""Share of tokens that bear loss, assumed where no data is given."""
+"""Share of tokens that bear loss, assumed where the rows are not known."""
+PROBE_BATCHES = 8
+"""Batches of a run's own data that are trained on in turn: their shapes differ a little."""
 
 
-def measure_speed(config: TrainConfig, model: ModelConfig, device: torch.device) -> float:
-    """Tokens a second of a few real optimizer steps at full depth, on random rows."""
+def measure_speed(
+    config: TrainConfig, model: ModelConfig, device: torch.device, source: DataSource | None = None
+) -> float:
+    """Tokens a second of a few real optimizer steps at full depth.
+
+    Args:
+        source: the data whose first batches are trained on; None: random rows.
+    """
     dtype = pick_training_dtype(config.precision, device)
     master = build_model(model, seed=0, device=device)
     if config.lora is not None:
@@ -43,16 +56,22 @@ def measure_speed(config: TrainConfig, model: ModelConfig, device: torch.device)
         kernel=config.optimizer_kernel,
     )
     step = TrainStep(compute, optimizer, config, device)
-    batch = random_batch(config, model)
+    if source is None:
+        batches = [random_batch(config, model)]
+    else:
+        batches = list(itertools.islice(source.loader(config, 0, 1), PROBE_BATCHES))
     depth = depth_with(1, config, model, 1, model.H_cycles)
     times: list[float] = []
+    rates: list[float] = []
     while len(times) <= PROBE_STEPS or sum(times[1:]) < PROBE_SECONDS:
+        batch = batches[len(times) % len(batches)]
         start = time.perf_counter()
         step.run(batch, depth=depth, lr=0.0, step=len(times))  # the guard waits for the device
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
-    return batch.num_tokens / statistics.median(times[1:])
+        rates.append(batch.num_tokens / times[-1])
+    return statistics.median(rates[1:])
 
 
 def random_batch(config: TrainConfig, model: ModelConfig) -> GlobalBatch:

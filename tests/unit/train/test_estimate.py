@@ -1,5 +1,7 @@
 """The estimate: equal to what can be counted, near to what can be measured."""
 
+import itertools
+
 import pytest
 import torch
 from memory_source import MemorySource, random_rows, small_config
@@ -11,7 +13,8 @@ from hrmtext.model import build_model
 from hrmtext.model.depth import Depth
 from hrmtext.train.estimate import activation_bytes, estimate, format_bytes
 from hrmtext.train.loss import Microbatch
-from hrmtext.train.probe import random_batch
+from hrmtext.train.probe import PROBE_BATCHES, measure_speed, random_batch
+from hrmtext.train.step import TrainStep
 
 CPU = torch.device("cpu")
 
@@ -72,6 +75,23 @@ def test_the_probe_batch_is_valid_full_and_fits_padding():
     for packed in batch.bins:
         packed.validate(config.model.vocab_size)
     assert batch.num_supervised_tokens == sum(len(b.supervised()) for b in batch.bins) > 0
+
+
+def test_the_probe_trains_on_the_first_batches_of_the_data_in_turn(monkeypatch):
+    config = small_config(batch_tokens=128)
+    source = MemorySource(random_rows(20))
+    seen, honest = [], TrainStep.run
+
+    def run(self, batch, **named):
+        seen.append(batch.bins[0].tokens.tolist())
+        return honest(self, batch, **named)
+
+    monkeypatch.setattr(TrainStep, "run", run)
+    measure_speed(config, config.model.resolve(), CPU, source)
+    batches = itertools.islice(source.loader(config, 0, 1), PROBE_BATCHES)
+    expected = [batch.bins[0].tokens.tolist() for batch in batches]
+    assert len(seen) > PROBE_BATCHES and expected[0] != expected[1]
+    assert seen[: PROBE_BATCHES + 1] == [*expected, expected[0]]
 
 
 def test_sizes_read_well():
