@@ -1,4 +1,4 @@
-"""Blocks of a small HRM in C++ for training on CPUs, built by the machine's own compiler."""
+"""Blocks and optimizer in C++ for training small HRMs on CPUs, built by the machine itself."""
 
 from hrmtext.train.cpp.blocks import CppBlocks
 from hrmtext.train.cpp.choice import choose_blocks

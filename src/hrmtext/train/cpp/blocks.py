@@ -137,7 +137,7 @@ class RowsPlan:
 
 
 class CppBlocks:
-    """A `BlockCall` that computes in C++, with gradients for the input and all weights.
+    """A `BlockCall` that computes blocks and exit norms in C++, with all their gradients.
 
     Call `pack` after every change of the weights, and give `rows(layout)` as the attention plan.
     Padding behind the last row passes through a block unchanged.
@@ -177,12 +177,7 @@ class CppBlocks:
         """What takes the place of the attention plan of a micro-batch."""
         return RowsPlan(layout)
 
-    def __call__(
-        self,
-        block: nn.Module,
-        x: torch.Tensor,
-        *arguments: Any,
-    ) -> torch.Tensor:
+    def __call__(self, block: nn.Module, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         """As the module's `forward`: (T, D) -> (T, D), or (S, D) of the selected tokens."""
         if isinstance(block, ExitNorm):
             return _NormFunction.apply(x.contiguous(), self._library, block.eps)
