@@ -5,7 +5,7 @@ with `elastic` as in configs/train/elastic.yaml, one with the early-cycle loss a
 the held-out rows at both depths, greedily, with the averaged weights. Interrupted, the same call
 goes on: data, runs and answers that are there are not made again.
 
-    python benchmarks/elastic.py WORK [--only plain] [--steps 700]
+    python benchmarks/elastic.py WORK [--only plain] [--steps 2000]
 
 The result is written when all sides are done.
 """
@@ -107,7 +107,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("--only", choices=[*SIDES, "data"])
-    parser.add_argument("--steps", type=int, default=700)
+    parser.add_argument("--steps", type=int, default=2_000)
     options = parser.parse_args()
     prepare(build(DataConfig, DATA, where="data"), options.work / "data")
     if options.only == "data":
