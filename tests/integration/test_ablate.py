@@ -123,6 +123,23 @@ def test_differences_are_of_pairs_of_seeds(workspace):
     assert "| 60.0 ± 99.4 | +10.0 ± 0.0 |" in text
 
 
+def test_many_families_are_shown_by_source(workspace):
+    runs = ablate.plan(settings(), workspace / "many")
+    for run in runs:
+        run.folder.mkdir(parents=True, exist_ok=True)
+        shares = {f"maths__{i}": i / 20 for i in range(20)} | {"words": 0.25}
+        report = {
+            "mean": {"exact_match": 0.5, "majority": 0.1},
+            "families": [{"name": name, "exact_match": share} for name, share in shares.items()],
+        }
+        (run.folder / "evaluation.json").write_text(json.dumps(report))
+        (run.folder / "metrics.jsonl").write_text("")
+    ablate.write(settings(), ablate.tabulate(runs), workspace / "many")
+    text = (workspace / "many" / "table.md").read_text()
+    assert "| maths (20 families) | words |" in text
+    assert "| 47.5 | 25.0 |" in text
+
+
 def test_two_workers_give_the_results_of_one(workspace):
     two = {**COMPARISON, "seeds": [0], "variants": COMPARISON["variants"][::2]}
     two["train"] = {**COMPARISON["train"], "max_steps": 3}
@@ -169,6 +186,7 @@ def test_a_dry_run_shows_the_cost(workspace, capsys):
 def test_intervals_are_students():
     assert ablate.half_width([0.5]) is None
     assert ablate.half_width([1.0, 2.0, 3.0]) == pytest.approx(4.303 / math.sqrt(3))
+    assert math.isnan(ablate.half_width([1.0, math.nan]))
 
 
 @pytest.mark.parametrize(

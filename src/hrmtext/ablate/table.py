@@ -21,6 +21,9 @@ TABLE_FILE, JSON_FILE = "table.md", "table.json"
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5 % quantiles of Student's t with 1 to 9 degrees of freedom; beyond, the normal's 1.96."""
 
+MOST_COLUMNS = 12
+"""Families that have columns of their own; more are shown by source."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Row:
@@ -100,9 +103,14 @@ def tabulate(runs: Sequence[PlannedRun]) -> list[Row]:
 
 
 def half_width(values: Sequence[float]) -> float | None:
-    """Half of the 95 % interval of the mean over independent runs; None for a single one."""
+    """Half of the 95 % interval of the mean over independent runs; None for a single one.
+
+    NaN where a value is not finite, as a diverged run's loss.
+    """
     if len(values) < 2:
         return None
+    if not all(map(math.isfinite, values)):
+        return math.nan  # statistics.stdev fails on it
     degrees = len(values) - 1
     quantile = T_975[degrees - 1] if degrees <= len(T_975) else 1.96
     return quantile * statistics.stdev(values) / math.sqrt(len(values))
@@ -160,16 +168,32 @@ def _main(table: Sequence[Row]) -> list[str]:
 
 def _by_family(table: Sequence[Row]) -> list[str]:
     names = _labels(table)
-    families = list(table[0].families)
+    columns = _columns(list(table[0].families))
     lines = [
         [
             *(str(getattr(row, name)) for name in names),
-            *(f"{100 * row.families[family]:.1f}" for family in families),
+            *(
+                f"{100 * statistics.fmean(row.families[family] for family in members):.1f}"
+                for members in columns.values()
+            ),
         ]
         for row in table
     ]
-    heads = [*(name.replace("_", " ") for name in names), *families]
+    heads = [*(name.replace("_", " ") for name in names), *columns]
     return _markdown(heads, lines, num_texts=len(names))
+
+
+def _columns(families: list[str]) -> dict[str, list[str]]:
+    """Heads of columns and the families whose mean they show: one each, or those of a source."""
+    if len(families) <= MOST_COLUMNS:
+        return {family: [family] for family in families}
+    columns: dict[str, list[str]] = {}
+    for family in families:
+        columns.setdefault(family.partition("__")[0], []).append(family)
+    return {
+        source if len(members) == 1 else f"{source} ({len(members)} families)": members
+        for source, members in columns.items()
+    }
 
 
 def _labels(table: Sequence[Row]) -> list[str]:

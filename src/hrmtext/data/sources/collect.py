@@ -226,6 +226,8 @@ def convert(
             report.problems.add("not a JSON object", place)
             continue
         report.columns_seen.update(row.keys() & source.columns.keys())
+        for name in source.nullable:
+            row.setdefault(name)
         reason = column_problem(source, row)
         if reason is not None:
             report.problems.add(reason, place)

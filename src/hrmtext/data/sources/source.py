@@ -58,7 +58,7 @@ class Source:
     columns: Mapping[str, type]
     """Columns that the rule reads, and the type of their values; `object`: any, null too."""
     nullable: frozenset[str] = frozenset()
-    """Columns whose value may be null."""
+    """Columns whose value may be null; a JSON object without such a key reads as null."""
     parts: tuple[Part, ...]
     hub: str | None
     """Id of the Hub data set; None: files that somebody has to fetch."""

@@ -235,6 +235,24 @@ def test_dm_mathematics_takes_alternate_lines_of_the_three_training_folders(tmp_
     assert report["problems"]["question without an answer"]["rows"] == 3
 
 
+def test_scibench_problems_without_the_key_solution_have_none(tmp_path):
+    problem = {"problem_text": "How far?", "answer_latex": " 4.5", "answer_number": "4.5"}
+    (tmp_path / "atkins.json").write_text(json.dumps([problem]))
+    solved = problem | {"problem_text": "How long?", "solution": "Count."}
+    (tmp_path / "atkins_sol.json").write_text(json.dumps([solved]))
+    rows, report = run(tmp_path, "platypus_scibench", tmp_path)
+    assert rows == {
+        "platypus_scibench": [
+            ["direct", "How far?", "4.5"],
+            ["cot", "How long?", "Count."],
+            ["direct", "How long?", "4.5"],
+        ]
+    }
+    assert report["problems"] == {}
+    with pytest.raises(DataError, match="none of 1 rows has solution"):
+        run(tmp_path, "platypus_scibench", tmp_path / "atkins.json")
+
+
 def test_sudoku_is_read_from_its_csv(tmp_path):
     (tmp_path / "s").mkdir()
     (tmp_path / "s" / "train.csv").write_text("source,question,answer,rating\np,.3,13,0\n")

@@ -56,7 +56,8 @@ def reclor_rule(row: Row, origin: Origin) -> Outcome:
 def scibench_rule(row: Row, origin: Origin) -> Outcome:
     """Problem -> solution where there is one, cot; and -> answer_latex, direct.
 
-    Where answer_latex is only the number in dollars, the bare number.
+    Where answer_latex is only the number in dollars, the bare number. Spaces around it, which most
+    have, are dropped.
     """
     problem, latex = row["problem_text"], row["answer_latex"]
     if not is_empty(row["solution"]):
@@ -64,8 +65,8 @@ def scibench_rule(row: Row, origin: Origin) -> Outcome:
     if is_empty(latex):
         yield "empty answer_latex"
         return
-    number = str(row["answer_number"]).strip()
-    only_number = latex.strip().startswith("$") and latex.strip().strip("$").strip() == number
+    latex, number = latex.strip(), str(row["answer_number"]).strip()
+    only_number = latex.startswith("$") and latex.strip("$").strip() == number
     yield Example("direct", problem, number if only_number else latex)
 
 
