@@ -111,6 +111,40 @@ def test_output_and_every_gradient_are_the_modules_within_the_error_of_its_forma
                 assert largest(found[name] - value) <= budget, (name, threads)
 
 
+@pytest.mark.parametrize("piece", [1, 30, 70])
+def test_rows_may_go_through_a_block_in_pieces_of_any_size(monkeypatch, piece):
+    model = build_model(preset("test", **WIDE), seed=1)
+    batch, blocks = stream(model.config, padding=5), CppBlocks(model)
+    blocks.pack()
+
+    def found(select):
+        with using(2):
+            return gradients(model, batch, blocks.rows(batch[2]), None, select, blocks)
+
+    for select in (None, SELECT):
+        whole = found(select)
+        monkeypatch.setattr(blocks_module, "PIECE_TOKENS", piece)
+        for name, value in found(select).items():
+            torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5, msg=name)
+        monkeypatch.undo()
+
+
+def test_a_circle_of_rows_is_shared_and_gives_the_same(monkeypatch):
+    model = build_model(preset("test", **WIDE), seed=1)
+    batch, blocks = stream(model.config, padding=5), CppBlocks(model)
+    blocks.pack()
+    with using(2):
+        plan = blocks.rows(batch[2])
+        assert plan.first_row > 0 and plan.threads == 2, (
+            "this layout is cut better from another row"
+        )
+        turned = gradients(model, batch, plan, None, SELECT, blocks)
+        monkeypatch.setattr(blocks_module, "circle_shares", lambda *_: (0, [0, 3, 5]))
+        plain = gradients(model, batch, blocks.rows(batch[2]), None, SELECT, blocks)
+    for name, value in plain.items():
+        torch.testing.assert_close(turned[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_weights_are_packed_anew_as_they_are_read(dtype):
     model = build_model(preset("test", **WIDE), seed=1)

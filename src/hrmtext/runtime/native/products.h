@@ -10,7 +10,7 @@
 // acc[r][b] += the products of row r with the columns of block b, over `count` inputs; input k of row
 // r is x[r * stride + k * step], blocks lie `block_stride` apart.
 template <int ROWS, int BLOCKS, class T>
-inline void tile(const T* w, int64_t block_stride, int64_t block_step, const T* x, int64_t stride,
+inline __attribute__((always_inline)) void tile(const T* w, int64_t block_stride, int64_t block_step, const T* x, int64_t stride,
                  int64_t step, int64_t count, Vec (&acc)[ROWS][BLOCKS]) {
     Vec sums[ROWS][BLOCKS];  // not `acc`, which for all the compiler knows `x` may point to
     for (int r = 0; r < ROWS; ++r)
@@ -100,6 +100,19 @@ void product(const Bf16* w, const Bf16* x, int64_t stride, int64_t inputs, int64
             inputs / 2, rows, range, finish);
 }
 #endif
+
+// All blocks of so many columns.
+inline Range blocks(int64_t columns) { return {0, columns / LANES}; }
+
+// Puts a product's sums into rows `stride` apart.
+struct Put {
+    float* out;
+    int64_t stride;
+    void operator()(int64_t row, int64_t block, Vec left, Vec right) const {
+        store(out + row * stride + block * LANES, left);
+        store(out + row * stride + block * LANES + LANES, right);
+    }
+};
 
 constexpr int64_t CROSSED_PIECE = 64;
 

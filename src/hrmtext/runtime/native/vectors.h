@@ -52,8 +52,9 @@ struct Copy {
     typedef E Type;
 };
 
-// Writes a vector in the format of a product's inputs.
+// Writes a vector in the format of a product's inputs, and reads it.
 static inline void put(float* p, Vec v) { store(p, v); }
+static inline Vec get(const float* p) { return load(p); }
 
 typedef uint16_t Bf16;  // its bits
 
@@ -79,6 +80,10 @@ struct Copy<Bf16> {
 static inline void put(Bf16* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
 }
+static inline Vec get(const Bf16* p) {
+    const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    return (Vec)_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16);
+}
 #endif
 
 static inline float sum(Vec v) {
@@ -89,13 +94,26 @@ static inline float sum(Vec v) {
     return part[0];
 }
 
-// exp to about 1 ulp: 2^n times a polynomial of the rest, within +-ln(2)/2.
+static inline float largest(Vec v) {
+    float part[LANES];
+    store(part, v);
+    for (int width = LANES / 2; width; width /= 2)
+        for (int i = 0; i < width; ++i) part[i] = part[i] > part[i + width] ? part[i] : part[i + width];
+    return part[0];
+}
+
+// exp to about 1 ulp: 2^n times a polynomial of the rest, within +-ln(2)/2. At most that of 88.
 static inline Vec exp_of(Vec x) {
-    const Vec low = spread(-87.0f), high = spread(88.0f);
+    const Vec low = spread(-87.0f), high = spread(88.0f), log2_e = spread(1.44269504088896341f);
+#if defined(__AVX512F__)
+    x = (Vec)_mm512_max_ps((__m512)low, _mm512_min_ps((__m512)high, (__m512)x));  // NaN stays NaN
+    const Vec n = (Vec)_mm512_roundscale_ps((__m512)(x * log2_e), 0);
+#else
     x = x < low ? low : x;
     x = x > high ? high : x;
     const Vec magic = spread(12582912.0f);  // adding 1.5 * 2^23 rounds to an integer
-    const Vec n = (x * spread(1.44269504088896341f) + magic) - magic;
+    const Vec n = (x * log2_e + magic) - magic;
+#endif
     Vec r = x - n * spread(0.693359375f);
     r = r - n * spread(-2.12194440e-4f);
     Vec p = spread(1.9875691500e-4f);
@@ -105,13 +123,25 @@ static inline Vec exp_of(Vec x) {
     p = p * r + spread(1.6666665459e-1f);
     p = p * r + spread(5.0000001201e-1f);
     p = p * r * r + r + spread(1.0f);
+#if defined(__AVX512F__)
+    return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     const IntVec power = (__builtin_convertvector(n, IntVec) + 127) << 23;
     Vec scale;
     std::memcpy(&scale, &power, sizeof(scale));
     return p * scale;
+#endif
 }
 
-static inline Vec sigmoid(Vec x) { return spread(1.0f) / (spread(1.0f) + exp_of(-x)); }
+static inline Vec sigmoid(Vec x) {
+    const Vec one = spread(1.0f), d = one + exp_of(-x);
+#if defined(__AVX512F__)
+    const Vec near = (Vec)_mm512_rcp14_ps((__m512)d);  // a division costs as much as all of exp
+    return near + near * (one - d * near);
+#else
+    return one / d;
+#endif
+}
 
 static inline uint16_t to_bf16(float x) {
     uint32_t bits;

@@ -21,10 +21,12 @@ from hrmtext.errors import BackendError
 from hrmtext.model import HrmLM
 from hrmtext.model.layers import Block, ExitNorm
 from hrmtext.runtime.native import load_kernel
-from hrmtext.runtime.native.share import even_shares
+from hrmtext.runtime.native.share import circle_shares
 
 MIN_OWN_TOKENS = 32
 """Tokens from which a thread of its own pays."""
+PIECE_TOKENS = 120
+"""Tokens that go through a block together: what is between its products stays in the cache."""
 MOST_FREE = 8
 """Calls whose memory is kept for the next step: as many as carry gradient, and some."""
 _WEIGHTS = ("gqkv", "o", "gate_up", "down")
@@ -43,8 +45,11 @@ class _Block(ctypes.Structure):
 
 class _Rows(ctypes.Structure):
     _fields_ = [
-        *((name, _I) for name in ("tokens", "outputs", "rows", "longest", "threads")),
-        *((name, _P) for name in ("starts", "visible", "select", "bounds", "output_bounds")),
+        *(
+            (name, _I)
+            for name in ("tokens", "outputs", "rows", "longest", "threads", "piece", "first_row")
+        ),
+        *((name, _P) for name in ("starts", "visible", "select", "bounds")),
         *((name, _P) for name in ("cos", "sin")),
     ]
 
@@ -99,11 +104,10 @@ class RowsPlan:
         self.num_rows = len(layout.lengths)
         self.starts = torch.tensor(starts)
         self.visible = layout.visible_end.contiguous()
-        shares = even_shares(starts[1:], torch.get_num_threads(), MIN_OWN_TOKENS)
-        tokens, rows = shares or ([0, starts[-1]], [0, self.num_rows])
-        self.threads = len(rows) - 1
-        self.bounds = torch.tensor(rows)
-        self.token_bounds = torch.tensor(tokens)
+        shares = circle_shares(layout.lengths, torch.get_num_threads(), MIN_OWN_TOKENS)
+        self.first_row, bounds = shares or (0, [0, self.num_rows])
+        self.threads = len(bounds) - 1
+        self.bounds = torch.tensor(bounds)
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot: int) -> torch.Tensor:
         """Not by itself: the kernel computes whole blocks."""
@@ -113,10 +117,8 @@ class RowsPlan:
         self, cos: torch.Tensor, sin: torch.Tensor, select: torch.Tensor | None
     ) -> tuple[_Rows, Sequence[torch.Tensor]]:
         """The kernel's `Rows`, and what must live as long."""
-        outputs, chosen = self.token_bounds, None
-        if select is not None:
-            outputs = torch.searchsorted(select, self.token_bounds)
-            # An empty tensor has no address, which would ask for all tokens.
+        chosen = None
+        if select is not None:  # an empty tensor has no address, which would ask for all tokens
             chosen = select if len(select) else self.starts
         rows = _Rows(
             tokens=self.num_tokens,
@@ -124,15 +126,16 @@ class RowsPlan:
             rows=self.num_rows,
             longest=self.longest,
             threads=self.threads,
+            piece=PIECE_TOKENS,
+            first_row=self.first_row,
             starts=self.starts.data_ptr(),
             visible=self.visible.data_ptr(),
             select=None if chosen is None else chosen.data_ptr(),
             bounds=self.bounds.data_ptr(),
-            output_bounds=outputs.data_ptr(),
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
         )
-        kept = (outputs, cos, sin, self.starts, self.visible, self.bounds)
+        kept = (cos, sin, self.starts, self.visible, self.bounds)
         return rows, kept if select is None else (*kept, select)
 
 
@@ -196,9 +199,7 @@ class CppBlocks:
         del slot
         x, view = x.contiguous(), plan.view(cos.contiguous(), sin.contiguous(), select)
         if not torch.is_grad_enabled():
-            y, saved = self.forward(id(block), view, x, with_backward=False)
-            self.free(saved)
-            return y
+            return self.forward(id(block), view, x, with_backward=False)[0]
         weights = [linear.weight for linear in _linears(cast(Block, block))]
         return _BlockFunction.apply(x, self, id(block), view, *weights)
 
@@ -209,18 +210,19 @@ class CppBlocks:
         x: torch.Tensor,
         *,
         with_backward: bool = True,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The block's output, and what its backward pass needs: give it back to `free`."""
         block, rows = self._packed[key].block, view[0]
-        saved = self._take(sum(self._sizes(block, rows)))
-        pointers = self._saved(block, rows, saved)
-        if not with_backward:
-            pointers.gate_up = None
+        saved = self._take(sum(self._sizes(block, rows))) if with_backward else None
+        pointers = _Saved() if saved is None else self._saved(block, rows, saved)
         y = torch.empty(rows.outputs, block.hidden)
+        structs = [ctypes.byref(each) for each in (block, rows, pointers)]
         self._library.hrm_block_forward(
-            ctypes.byref(block), ctypes.byref(rows), ctypes.byref(pointers),
-            _P(x.data_ptr()), _P(y.data_ptr()), self._memory(block, rows, is_backward=False),
-        )  # fmt: skip
+            *structs,
+            _P(x.data_ptr()),
+            _P(y.data_ptr()),
+            *self._memory(structs, rows.threads, False),
+        )
         return y, saved
 
     def free(self, saved: torch.Tensor) -> None:
@@ -242,7 +244,7 @@ class CppBlocks:
             rows.tokens * (size + gap),
             -(-rows.tokens * block.heads // 16) * 16,
             rows.outputs * (block.hidden + gap),
-            rows.outputs * (2 * block.mlp + gap),
+            rows.outputs * (2 * block.mlp + gap) // (2 if block.bf16 else 1),
         ]
 
     def _saved(self, block: _Block, rows: _Rows, memory: torch.Tensor) -> _Saved:
@@ -265,21 +267,20 @@ class CppBlocks:
                   (2 * block.mlp, block.hidden), (block.hidden, block.mlp))  # fmt: skip
         sizes = [a * b for a, b in shapes]
         d_x, flat = torch.empty_like(x), torch.empty(sum(sizes))
+        structs = [ctypes.byref(each) for each in (block, rows, self._saved(block, rows, saved))]
+        pointers = (_P(tensor.data_ptr()) for tensor in (x, d_y, d_x, flat))
         self._library.hrm_block_backward(
-            ctypes.byref(block), ctypes.byref(rows), ctypes.byref(self._saved(block, rows, saved)),
-            *(_P(tensor.data_ptr()) for tensor in (x, d_y, d_x, flat)),
-            self._memory(block, rows, is_backward=True),
-        )  # fmt: skip
+            *structs, *pointers, *self._memory(structs, rows.threads, True)
+        )
         parts = flat.split(sizes)
         return d_x, [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
 
-    def _memory(self, block: _Block, rows: _Rows, *, is_backward: bool) -> ctypes.c_void_p:
-        size = self._library.hrm_block_workspace(
-            ctypes.byref(block), ctypes.byref(rows), _I(is_backward)
-        )
-        if self._workspace.numel() < size:
-            self._workspace = torch.empty(size)
-        return _P(self._workspace.data_ptr())
+    def _memory(self, structs: list[Any], threads: int, is_backward: bool) -> tuple[Any, ...]:
+        """Workspace, and the floats of it that each thread has."""
+        own = int(self._library.hrm_block_workspace(*structs, _I(is_backward)))
+        if self._workspace.numel() < threads * own:
+            self._workspace = torch.empty(threads * own)
+        return _P(self._workspace.data_ptr()), _I(own)
 
 
 class _Packed:
