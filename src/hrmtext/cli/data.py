@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from hrmtext.data.sources.source import Source
 
 EngineName = Literal["local", "ray"]
+MOST_LINES = 8
+"""Strata that are named when rows were dropped for one reason; of more, their sum is shown."""
 
 
 def overview() -> int:
@@ -173,8 +175,7 @@ def tokenize(
         f"{report.num_strata} strata ({report.num_redone} tokenised now, {report.num_removed} "
         f"removed), {report.num_rows:,} rows, {report.num_tokens:,} tokens"
     )
-    for name, dropped in report.dropped.items():
-        _print_dropped(Console(highlight=False), name, dropped)
+    _print_dropped(Console(highlight=False), report.dropped)
     return 0
 
 
@@ -337,16 +338,17 @@ def print_prepared(console: Console, prepared: PreparedData) -> None:
         held_out = sources["held_out_rows"].get(name, 0)
         table.add_row(name, f"{stratum['kept']:,}", f"{held_out:,}")
     console.print(table)
-    for name, family in sources.get("reasoning_gym", {}).get("families", {}).items():
-        _print_dropped(console, name, family["dropped"])
-    for name, source in sources.get("hub", {}).items():
-        _print_dropped(console, name, source["left_out"] | source["problems"])
-    for name, stratum in cleaned["strata"].items():
-        _print_dropped(console, name, stratum["dropped"] | stratum["unreadable"])
-    for name, dropped in report["tokenized"]["dropped"].items():
-        _print_dropped(console, name, dropped)
-    for name, stratum in report["sampled"]["strata"].items():
-        _print_dropped(console, name, stratum["dropped"])
+    families = sources.get("reasoning_gym", {}).get("families", {})
+    hub = sources.get("hub", {})
+    stages = (
+        {name: family["dropped"] for name, family in families.items()},
+        {name: source["left_out"] | source["problems"] for name, source in hub.items()},
+        {name: of["dropped"] | of["unreadable"] for name, of in cleaned["strata"].items()},
+        report["tokenized"]["dropped"],
+        {name: stratum["dropped"] for name, stratum in report["sampled"]["strata"].items()},
+    )
+    for dropped in stages:
+        _print_dropped(console, dropped)
     console.print(
         f"prompts that training and held-out rows share: "
         f"{sources['train_rows_with_a_held_out_prompt']} (checked: every prompt of "
@@ -362,7 +364,15 @@ def print_prepared(console: Console, prepared: PreparedData) -> None:
         console.print(f"up to date, not repeated: {', '.join(prepared.skipped)}", style="dim")
 
 
-def _print_dropped(console: Console, where: str, dropped: Mapping[str, Any]) -> None:
-    for reason, count in dropped.items():
-        rows = count["rows"] if isinstance(count, dict) else count
-        console.print(f"left out of {where}: {rows:,} rows ({reason})", style="dim")
+def _print_dropped(console: Console, stage: Mapping[str, Mapping[str, Any]]) -> None:
+    """What a stage dropped: a line for each part and reason, or one where many parts share one."""
+    by_reason: dict[str, dict[str, int]] = {}
+    for name, dropped in stage.items():
+        for reason, count in dropped.items():
+            rows = count["rows"] if isinstance(count, dict) else count
+            by_reason.setdefault(reason, {})[name] = rows
+    for reason, parts in by_reason.items():
+        if len(parts) > MOST_LINES:
+            parts = {f"{len(parts)} strata": sum(parts.values())}
+        for name, rows in parts.items():
+            console.print(f"left out of {name}: {rows:,} rows ({reason})", style="dim")

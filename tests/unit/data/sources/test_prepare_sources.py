@@ -63,6 +63,19 @@ def test_what_a_source_left_out_is_shown_when_data_are_prepared(tmp_path, config
     assert "left out of gsm8k: 1 rows (no #### in the answer)" in capsys.readouterr().out
 
 
+def test_a_reason_that_many_strata_share_takes_one_line(capsys):
+    from rich.console import Console
+
+    from hrmtext.cli.data import _print_dropped
+
+    many = {f"tasks__{i}": {"too long": i + 1} for i in range(9)}
+    _print_dropped(Console(width=200), many | {"gsm8k": {"no ####": {"rows": 3, "first": []}}})
+    assert capsys.readouterr().out.splitlines() == [
+        "left out of 9 strata: 45 rows (too long)",
+        "left out of gsm8k: 3 rows (no ####)",
+    ]
+
+
 def test_a_source_twice_is_refused():
     entry = {"source": "gsm8k", "path": "x"}
     with pytest.raises(ConfigError, match="hub lists 'gsm8k' twice"):
