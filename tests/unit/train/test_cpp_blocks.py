@@ -129,6 +129,23 @@ def test_rows_may_go_through_a_block_in_pieces_of_any_size(monkeypatch, piece):
         monkeypatch.undo()
 
 
+def test_a_thread_without_rows_adds_nothing():
+    model = build_model(preset("test", **WIDE), seed=1)
+    layout = RowLayout.from_blocks([50, 50], [[(0, 30)], [(0, 20)]])
+    positions = torch.arange(50).repeat(2)
+    batch, blocks = (torch.arange(100) % 60, positions, layout), CppBlocks(model)
+    blocks.pack()
+    with using(3):
+        plan = blocks.rows(layout)
+        assert plan.bounds.diff().min() == 0, "one of three threads is left over"
+        blocks._workspace = torch.full((1 << 22,), torch.nan)
+        found = gradients(model, batch, plan, None, None, blocks)
+    with using(1):
+        alone = gradients(model, batch, blocks.rows(layout), None, None, blocks)
+    for name, value in alone.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
+
+
 def test_a_circle_of_rows_is_shared_and_gives_the_same(monkeypatch):
     model = build_model(preset("test", **WIDE), seed=1)
     batch, blocks = stream(model.config, padding=5), CppBlocks(model)

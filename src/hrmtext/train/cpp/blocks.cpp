@@ -50,7 +50,7 @@ struct Saved {
 };
 
 struct Gradients {
-    float *gqkv, *o, *gate_up, *down;  // as the weights, (outputs, inputs)
+    float *gqkv, *o, *gate_up, *down;  // as the weights, (outputs, inputs), one behind the other
 };
 
 int64_t hrm_block_lanes() { return LANES; }
@@ -113,13 +113,14 @@ class Worker {
         in_pieces(thread, [&] { forward_piece(x + first * D, y + first_output * D); });
     }
 
-    // Gradients of the weights by this thread's rows are put into `d`.
+    // Gradients of the weights by this thread's rows, if it has any, are put into `d`.
     void backward(int64_t thread, const float* x, const float* d_y, float* d_x, const Gradients& d) {
         bool adds = false;
         in_pieces(thread, [&] {
             backward_piece(x + first * D, d_y + first_output * D, d_x + first * D, d, adds);
             adds = true;
         });
+        if (!adds) std::fill(d.gqkv, d.gqkv + weight_count(b), 0.0f);
     }
 
     float* weights = nullptr;  // a thread's own gradients of the weights
@@ -311,9 +312,11 @@ class Worker {
     Head head(int64_t row, int64_t n) const {
         const int64_t start = r.starts[row], end = r.starts[row + 1], from = start - first;
         const float* q = gqkv + from * wide + A + n * K;  // keys and values are A apart
-        const int64_t output = outputs_before(start);
-        const bool has_some = !r.select || (output < r.outputs && r.select[output] < end);
-        const int64_t wanted = !has_some ? end : r.select ? r.select[output] : start;
+        int64_t wanted = start;  // the first token that gives an output
+        if (r.select) {
+            const int64_t output = outputs_before(start);
+            wanted = output < outputs_before(end) ? r.select[output] : end;
+        }
         float* logsum = s.gqkv ? s.logsum + start * b.heads + n : nullptr;
         return {end - start, wanted - start, r.visible + start, q, q + A, q + 2 * A, wide,
                 attended + from * attn + n * K, attn, logsum, b.heads};

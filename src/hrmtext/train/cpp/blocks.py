@@ -151,8 +151,8 @@ class CppBlocks:
 
         Args:
             model: with weights in fp32.
-            dtype: format in which products with weights multiply, bf16 or fp32; sums, attention
-                and all that is kept between blocks are fp32 with both.
+            dtype: format in which products with weights multiply and SwiGLU's inputs are kept for
+                the backward pass, bf16 or fp32; all else is fp32 with both.
 
         Raises:
             BackendError: this model is not for the kernel, or there is no compiler.
