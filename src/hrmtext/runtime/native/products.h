@@ -10,7 +10,7 @@
 // acc[r][b] += the products of row r with the columns of block b, over `count` inputs; input k of row
 // r is x[r * stride + k * step], blocks lie `block_stride` apart.
 template <int ROWS, int BLOCKS, class T>
-inline __attribute__((always_inline)) void tile(const T* w, int64_t block_stride, int64_t block_step, const T* x, int64_t stride,
+inline void tile(const T* w, int64_t block_stride, int64_t block_step, const T* x, int64_t stride,
                  int64_t step, int64_t count, Vec (&acc)[ROWS][BLOCKS]) {
     Vec sums[ROWS][BLOCKS];  // not `acc`, which for all the compiler knows `x` may point to
     for (int r = 0; r < ROWS; ++r)
