@@ -11,6 +11,7 @@ MOST_UNEVEN = 1.5
 EVEN_ENOUGH = 1.005
 """The same below which no better start of a circle is looked for."""
 MOST_STARTS = 32
+"""Starts of a circle that are tried."""
 
 
 def even_shares(

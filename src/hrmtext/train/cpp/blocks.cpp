@@ -86,14 +86,14 @@ class Worker {
         const int64_t most = std::max(r.longest, r.piece);  // tokens at a time
         normed = arena.take<E>(most * flow);
         gated = arena.take<E>(most * attn);
-        act = arena.take<E>(most * inner);
+        act = arena.take<E>(r.piece * inner);
         if (!s.gqkv) {
             own_gqkv = arena.take<float>(most * wide);
             own_attended = arena.take<float>(most * attn);
             own_middle = arena.take<float>(most * flow);
         }
         if (is_backward) {
-            d_gate_up = arena.take<E>(most * both);
+            d_gate_up = arena.take<E>(r.piece * both);
             rounded = arena.take<E>(most * std::max(wide, flow));
             d_normed = arena.take<float>(most * flow);
             d_middle = arena.take<float>(most * flow);
@@ -171,26 +171,36 @@ class Worker {
                     store(middle + row * flow + at, load(from) + left);
                     store(middle + row * flow + at + LANES, load(from + LANES) + right);
                 });
-        norm_rows(middle, flow, outputs);
-        product(weight(b.gate_up), normed, flow, D, outputs, blocks(2 * M),
+        // A long row goes through the rest in pieces too.
+        for (int64_t from = 0; from < outputs; from += r.piece)
+            feed_forward(from, std::min(r.piece, outputs - from), y + from * D);
+    }
+
+    // The SwiGLU of some outputs.
+    void feed_forward(int64_t from, int64_t rows, float* y) {
+        const float* x = middle + from * flow;
+        E* kept = gate_up ? gate_up + from * both : nullptr;
+        norm_rows(x, flow, rows);
+        product(weight(b.gate_up), normed, flow, D, rows, blocks(2 * M),
                 [&](int64_t row, int64_t at, Vec gate, Vec up) {
                     at = at / 2 * LANES;
                     put(act + row * inner + at, gate * sigmoid(gate) * up);
-                    if (!gate_up) return;
-                    put(gate_up + row * both + at, gate);
-                    put(gate_up + row * both + M + at, up);
+                    if (!kept) return;
+                    put(kept + row * both + at, gate);
+                    put(kept + row * both + M + at, up);
                 });
-        product(weight(b.down), act, inner, M, outputs, blocks(D),
+        product(weight(b.down), act, inner, M, rows, blocks(D),
                 [&](int64_t row, int64_t at, Vec left, Vec right) {
                     at *= LANES;
-                    const float* from = middle + row * flow + at;
-                    store(y + row * D + at, load(from) + left);
-                    store(y + row * D + at + LANES, load(from + LANES) + right);
+                    store(y + row * D + at, load(x + row * flow + at) + left);
+                    store(y + row * D + at + LANES, load(x + row * flow + at + LANES) + right);
                 });
     }
 
     void backward_piece(const float* x, const float* d_y, float* d_x, const Gradients& d, bool adds) {
-        feed_forward_backward(d_y, d, adds);
+        for (int64_t from = 0; from == 0 || from < outputs; from += r.piece)
+            feed_forward_backward(from, std::min(r.piece, outputs - from), d_y + from * D, d,
+                                  adds || from > 0);
         gate_outputs();
         const E* d_sum = operand(d_middle, flow, outputs, D, rounded);
         crossed_product(d_sum, flow, gated, attn, outputs, D, A, d.o, A, adds, scratch);
@@ -232,32 +242,35 @@ class Worker {
         }
     }
 
-    // Down to `d_middle`, and more for the gradients of its weights.
-    void feed_forward_backward(const float* d_y, const Gradients& d, bool adds) {
+    // Its backward pass: `d_middle` of those outputs, and the gradients of its weights.
+    void feed_forward_backward(int64_t from, int64_t rows, const float* d_y, const Gradients& d,
+                               bool adds) {
+        const float* x = middle + from * flow;
+        const E* kept = gate_up + from * both;
         auto through_gate = [&](int64_t row, int64_t at, Vec d_act) {
-            const Vec gate = get(gate_up + row * both + at);
-            const Vec up = get(gate_up + row * both + M + at);
+            const Vec gate = get(kept + row * both + at);
+            const Vec up = get(kept + row * both + M + at);
             const Vec open = sigmoid(gate), silu = gate * open;
             put(act + row * inner + at, silu * up);
             put(d_gate_up + row * both + at,
                 d_act * up * open * (spread(1.0f) + gate * (spread(1.0f) - open)));
             put(d_gate_up + row * both + M + at, d_act * silu);
         };
-        const E* d_out = operand(d_y, D, outputs, D, rounded);
-        product(weight(b.down_t), d_out, D, D, outputs, blocks(M),
+        const E* d_out = operand(d_y, D, rows, D, rounded);
+        product(weight(b.down_t), d_out, D, D, rows, blocks(M),
                 [&](int64_t row, int64_t at, Vec left, Vec right) {
                     through_gate(row, at * LANES, left);
                     through_gate(row, at * LANES + LANES, right);
                 });
-        crossed_product(d_out, D, act, inner, outputs, D, M, d.down, M, adds, scratch);
-        norm_rows(middle, flow, outputs);
-        crossed_product(d_gate_up, both, normed, flow, outputs, 2 * M, D, d.gate_up, D, adds,
+        crossed_product(d_out, D, act, inner, rows, D, M, d.down, M, adds, scratch);
+        norm_rows(x, flow, rows);
+        crossed_product(d_gate_up, both, normed, flow, rows, 2 * M, D, d.gate_up, D, adds,
                         scratch);
-        product(weight(b.gate_up_t), d_gate_up, both, 2 * M, outputs, blocks(D),
+        product(weight(b.gate_up_t), d_gate_up, both, 2 * M, rows, blocks(D),
                 Put{d_normed, flow});
-        for (int64_t row = 0; row < outputs; ++row) {
-            float* here = d_middle + row * flow;
-            norm_backward(middle + row * flow, d_normed + row * flow, here, D, b.eps);
+        for (int64_t row = 0; row < rows; ++row) {
+            float* here = d_middle + (from + row) * flow;
+            norm_backward(x + row * flow, d_normed + row * flow, here, D, b.eps);
             for (int64_t i = 0; i < D; i += LANES)
                 store(here + i, load(here + i) + load(d_y + row * D + i));
         }
