@@ -197,13 +197,17 @@ class AdamAtan2(torch.optim.Optimizer):
         beta1, beta2 = self.param_groups[0]["betas"]
         correction = math.sqrt(1.0 - beta2 ** state["step"])
         first, second = (local(state[name]).view(-1) for name in _MOMENTS)
+        rate /= 1.0 - beta1 ** state["step"]
         square = torch.zeros((), dtype=torch.float64, device=first.device)
+        if self._kernel_of(parameter) == "cpp":
+            square += cpp.squared_angles(cpp.library(), first, second, 1.0 / correction)
+            return square * rate**2
         # Piece by piece: the angles of a large embedding would take as much memory as it does.
         for m, v in zip(first.split(PIECE), second.split(PIECE), strict=True):
             scale = v.sqrt().div_(correction)
             angles = torch.atan2(m, scale, out=scale)
             square += torch.linalg.vector_norm(angles).double().square()
-        return square * (rate / (1.0 - beta1 ** state["step"])) ** 2
+        return square * rate**2
 
     def averages(self) -> list[torch.Tensor]:
         """The averages, in the order of the parameters; ConfigError where none are kept."""

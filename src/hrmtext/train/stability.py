@@ -16,6 +16,7 @@ from __future__ import annotations
 import base64
 import dataclasses
 import math
+import statistics
 from collections import deque
 from collections.abc import Sequence
 from typing import Any
@@ -85,23 +86,37 @@ class History:
     """The newest rows of numbers, with robust statistics by column."""
 
     def __init__(self, length: int, rows: Sequence[Array] = ()) -> None:
-        self.rows: deque[Array] = deque(rows, maxlen=length)
+        """Keeps `length` rows; `rows` are the first of them."""
+        self.length = length
+        self._values = np.empty((0, length))  # (columns, length), NaN where nothing came yet
+        self._count = 0
+        for row in rows:
+            self.append(row)
+
+    def append(self, row: Array) -> None:
+        """Add the newest row, in the place of the oldest where there are `length`."""
+        if not self._count:
+            self._values = np.full((len(row), self.length), np.nan)
+        self._values[:, self._count % self.length] = row
+        self._count += 1
+
+    def rows(self) -> list[Array]:
+        """The rows, oldest first."""
+        newest = range(max(0, self._count - self.length), self._count)
+        return [self._values[:, index % self.length] for index in newest]
 
     def statistics(self, at_least: int) -> tuple[Array, Array] | None:
-        """Median and spread of every column over its finite values; NaN where these are too few.
+        """Median and spread of every column over its known values; NaN where these are too few.
 
         None where no column has `at_least` of them.
         """
-        if len(self.rows) < at_least:
+        counts = np.count_nonzero(~np.isnan(self._values), axis=1)
+        is_known = counts >= at_least
+        if not is_known.any():
             return None
-        values = np.stack(self.rows)  # (rows, columns)
-        known = np.isfinite(values).sum(0) >= at_least
-        median, spread = (np.full(values.shape[1], np.nan) for _ in range(2))
-        kept = values[:, known]
-        find = np.median if np.isfinite(kept).all() else np.nanmedian
-        median[known] = find(kept, axis=0)
-        spread[known] = SPREAD_PER_DEVIATION * find(np.abs(kept - median[known]), axis=0)
-        return (median, spread) if known.any() else None
+        median = np.where(is_known, _medians(self._values, counts), np.nan)
+        deviations = np.abs(self._values - median[:, None])
+        return median, SPREAD_PER_DEVIATION * _medians(deviations, counts)
 
 
 class StabilityGuard:
@@ -150,7 +165,7 @@ class StabilityGuard:
             return self._act(seen, gradient_factor, reasons, skip=True)
         rate = min(self._judge_updates(lr, reasons), self._judge_rises(rise, loss_bound, reasons))
         if lr > 0:
-            self._applied.rows.append(self._log_ratios + math.log(lr * rate))
+            self._applied.append(self._log_ratios + math.log(lr * rate))
         if not damp and rate == 1.0:
             return PROCEED
         if not reasons:
@@ -192,7 +207,7 @@ class StabilityGuard:
         key = f"{depth.H_cycles}x{depth.L_cycles}"
         history = self._history(self._losses, key)
         known = history.statistics(self.limits.history_steps)
-        history.rows.append(np.array([seen.supervised_tokens, seen.loss], dtype=np.float64))
+        history.append(np.array([seen.supervised_tokens, seen.loss], dtype=np.float64))
         if known is None:
             return 0.0, math.inf
         (tokens, loss), (_, spread) = known
@@ -209,7 +224,7 @@ class StabilityGuard:
         key = f"{depth.H_cycles}x{depth.L_cycles} {calls}"
         history = self._history(self._gradients, key)
         known = history.statistics(self.limits.history_steps)
-        history.rows.append(np.array([seen.supervised_tokens, *logs]))
+        history.append(np.array([seen.supervised_tokens, *logs]))
         if known is None:
             return {}, 1.0, False
         medians, spreads = known
@@ -244,7 +259,7 @@ class StabilityGuard:
         ratios = self._log_ratios + math.log(lr)  # (M) log(|update| / |weights|) at the full rate
         usual = self._updates.statistics(self.limits.history_steps)
         lately = self._applied.statistics(LATELY // 2)
-        self._updates.rows.append(ratios)
+        self._updates.append(ratios)
         if usual is None or lately is None:
             return 1.0
         # Two medians: a falling rate leaves the window's far above what was done lately, while a
@@ -263,7 +278,7 @@ class StabilityGuard:
         """The rate that a lasting rise of the loss leaves; it comes back step by step."""
         self._rises.append(rise / loss_bound if math.isfinite(loss_bound) else 0.0)
         self._steps_since_brake += 1
-        lasting = float(np.median(self._rises)) if len(self._rises) == RECENT_STEPS else 0.0
+        lasting = statistics.median(self._rises) if len(self._rises) == RECENT_STEPS else 0.0
         if lasting <= 0.5:
             self._brake = min(1.0, self._brake * RECOVERY)
         elif self._steps_since_brake >= RECENT_STEPS and self._brake > LEAST_RATE:
@@ -284,10 +299,10 @@ class StabilityGuard:
         return {
             "modules": self.names,
             "totals": dict(self.totals),
-            "gradients": {key: _pack(value.rows) for key, value in self._gradients.items()},
-            "losses": {key: _pack(value.rows) for key, value in self._losses.items()},
-            "updates": _pack(self._updates.rows),
-            "applied": _pack(self._applied.rows),
+            "gradients": {key: _pack(value.rows()) for key, value in self._gradients.items()},
+            "losses": {key: _pack(value.rows()) for key, value in self._losses.items()},
+            "updates": _pack(self._updates.rows()),
+            "applied": _pack(self._applied.rows()),
             "log_ratios": _pack([self._log_ratios]),
             "rises": list(self._rises),
             "brake": self._brake,
@@ -338,7 +353,15 @@ def _widening(usual_tokens: float, tokens: int) -> float:
     return max(1.0, math.sqrt(usual_tokens / max(1, tokens)))
 
 
-def _pack(rows: Sequence[Array] | deque[Array]) -> dict[str, Any]:
+def _medians(values: Array, counts: npt.NDArray[np.int_]) -> Array:
+    """(C, R) -> (C): medians over the first `counts` of each column in order; NaN is last."""
+    ordered, columns = np.sort(values, axis=1), np.arange(len(counts))
+    above = np.maximum(counts, 1) // 2
+    below = (np.maximum(counts, 1) - 1) // 2
+    return (ordered[columns, below] + ordered[columns, above]) / 2
+
+
+def _pack(rows: Sequence[Array]) -> dict[str, Any]:
     array = np.stack(rows) if rows else np.zeros((0, 0))
     return {
         "shape": list(array.shape),

@@ -159,6 +159,29 @@ def test_the_cpp_kernel_is_as_near_to_fp64_as_foreach_at_any_gradient_scale(scal
 
 
 @NEEDS_CPP
+@pytest.mark.parametrize("size", [1, 5, 16, 1025, 70_001])
+def test_the_size_of_an_update_is_that_of_fp64_for_any_number_of_threads(size):
+    draw = torch.Generator().manual_seed(size)
+    gradients = [torch.randn(size, generator=draw, dtype=torch.float64) for _ in range(3)]
+    squares = {}
+    for dtype, kernel in ((torch.float64, "foreach"), (torch.float32, "cpp")):
+        parameter = torch.nn.Parameter(torch.zeros(size, dtype=dtype))
+        optimizer = AdamAtan2([parameter], lr=0.1, kernel=kernel)
+        for gradient in gradients:
+            parameter.grad = gradient.to(dtype)
+            optimizer.step()
+        before = torch.get_num_threads()
+        try:
+            for threads in (1, 2, 5):
+                torch.set_num_threads(threads)
+                squares[kernel, threads] = float(optimizer.update_square(parameter))
+        finally:
+            torch.set_num_threads(before)
+    assert squares["cpp", 1] == squares["cpp", 2] == squares["cpp", 5]
+    assert squares["cpp", 1] == pytest.approx(squares["foreach", 1], rel=1e-6)
+
+
+@NEEDS_CPP
 def test_auto_takes_the_cpp_kernel_for_fp32_on_a_cpu_and_by_name_it_refuses_others():
     for dtype, kernel in ((torch.float32, "cpp"), (torch.float64, "foreach")):
         parameter = torch.nn.Parameter(torch.zeros(3, dtype=dtype))

@@ -19,7 +19,7 @@ from hrmtext.train import train_on
 from hrmtext.train.metrics import read_metrics
 from hrmtext.train.modules import Modules, module_of
 from hrmtext.train.optim import AdamAtan2
-from hrmtext.train.stability import Observation, StabilityGuard
+from hrmtext.train.stability import History, Observation, StabilityGuard
 from hrmtext.train.step import TrainStep
 
 NAMES = ["embedding", "H.0.mlp", "head"]
@@ -46,6 +46,28 @@ def trained_guard(steps=80, **limits):
         guard.note_update(step % 3, 0.04, 1.0)
         assert guard.decide(one, lr=1e-3, depth=DEPTH).record is None
     return guard
+
+
+def test_a_history_has_the_medians_of_its_newest_known_values():
+    generator = numpy_generator(0, "history")
+    values = generator.standard_normal((50, 4))
+    values[:40, 1] = np.nan  # known of late
+    values[::3, 2] = np.nan
+    values[:, 3] = np.nan
+    history = History(16)
+    for count, row in enumerate(values, 1):
+        history.append(row)
+        newest = values[max(0, count - 16) : count]
+        assert np.array_equal(history.rows(), newest, equal_nan=True)
+        found, known = history.statistics(8), np.isfinite(newest).sum(0) >= 8
+        if not known.any():
+            assert found is None
+            continue
+        median = np.nanmedian(newest[:, known], axis=0)
+        spread = 1.4826 * np.nanmedian(np.abs(newest[:, known] - median), axis=0)
+        for ours, expected in zip(found, (median, spread), strict=True):
+            assert np.array_equal(ours[known], expected)
+            assert np.isnan(ours[~known]).all()
 
 
 def test_noise_warmup_and_a_change_of_depth_are_no_outliers():

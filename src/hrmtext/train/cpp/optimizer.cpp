@@ -1,4 +1,5 @@
-// Adam-atan2 and the average of the weights, element by element, in one pass over the memory.
+// Adam-atan2 and the average of the weights, element by element, in one pass over the memory; and how
+// large an update was.
 
 #include <cstdint>
 
@@ -22,6 +23,8 @@ namespace {
 
 // Elements from which a thread of its own pays.
 constexpr int64_t MIN_OWN = 1 << 14;
+// Parts that are summed apart.
+constexpr int64_t MOST_PARTS = 64;
 
 Vec root(Vec x) {
     for (int l = 0; l < LANES; ++l) x[l] = __builtin_sqrtf(x[l]);  // one instruction, vectorised
@@ -67,15 +70,61 @@ void update(const Arrays& a, int64_t i, const Numbers& n) {
     store(a.average + i, average + (w - average) * n.one_minus_ema);
 }
 
+int64_t worthwhile(int64_t count, int64_t threads) {
+    const int64_t worth = count / MIN_OWN;
+    return worth < 1 ? 1 : worth < threads ? worth : threads;
+}
+
+// Sum of the squared angles of `count` elements, in fp32 over no more than BLOCK at a time.
+double squared_angles(const float* first, const float* second, int64_t count, float correction) {
+    constexpr int64_t BLOCK = 1 << 10;
+    double total = 0.0;
+    for (int64_t from = 0; from < count; from += BLOCK) {
+        const int64_t to = from + BLOCK < count ? from + BLOCK : count;
+        Vec squares{};
+        int64_t i = from;
+        for (; i + LANES <= to; i += LANES) {
+            const Vec angle = atan2_of(load(first + i), root(load(second + i)) * correction);
+            squares += angle * angle;
+        }
+        if (i < to) {
+            float m[LANES] = {}, v[LANES] = {};
+            for (int64_t k = i; k < to; ++k) m[k - i] = first[k], v[k - i] = second[k];
+            const Vec angle = atan2_of(load(m), root(load(v)) * correction);
+            squares += angle * angle;
+        }
+        total += sum(squares);
+    }
+    return total;
+}
+
 }  // namespace
+
+// Squared norm of atan2(first, sqrt(second) * correction), whatever the number of threads.
+extern "C" double hrm_squared_angles(const float* first, const float* second, int64_t count,
+                                     float correction, int64_t threads) {
+    const int64_t parts = worthwhile(count, MOST_PARTS);
+    double sums[MOST_PARTS];
+    threads = threads < parts ? threads : parts;
+    on_threads(threads, [&](int64_t thread) {
+        const Range mine = part(parts, thread, threads);
+        for (int64_t p = mine.begin; p < mine.end; ++p) {
+            const Range of = part(count, p, parts);
+            sums[p] = squared_angles(first + of.begin, second + of.begin, of.end - of.begin, correction);
+        }
+    });
+    double total = 0.0;
+    for (int64_t p = 0; p < parts; ++p) total += sums[p];
+    return total;
+}
 
 extern "C" void hrm_adam_atan2(float* weight, float* gradient, float* first, float* second,
                                float* average, int64_t count, const Numbers* numbers,
                                int64_t threads) {
     const Arrays all{weight, gradient, first, second, average};
     const Numbers n = *numbers;
-    const int64_t whole = count / LANES, worth = whole * LANES / MIN_OWN;
-    threads = worth < 1 ? 1 : worth < threads ? worth : threads;
+    const int64_t whole = count / LANES;
+    threads = worthwhile(count, threads);
     on_threads(threads, [&](int64_t thread) {
         const Range mine = part(whole, thread, threads);
         for (int64_t i = mine.begin * LANES; i < mine.end * LANES; i += LANES) update(all, i, n);

@@ -29,6 +29,7 @@ def library() -> ctypes.CDLL:
     """
     loaded = load_kernel(Path(__file__).with_suffix(".cpp"), "optimizer_kernel=cpp")
     loaded.hrm_adam_atan2.restype = None
+    loaded.hrm_squared_angles.restype = ctypes.c_double
     _probe(loaded)
     return loaded
 
@@ -68,6 +69,20 @@ def update(
         *pointers, _I(parameter.numel()), (ctypes.c_float * _NUMBERS)(*numbers),
         _I(torch.get_num_threads()),
     )  # fmt: skip
+
+
+def squared_angles(
+    kernel: ctypes.CDLL, first: torch.Tensor, second: torch.Tensor, correction: float
+) -> float:
+    """Squared norm of atan2(first, sqrt(second) * correction), the same for any number of threads.
+
+    Args:
+        first, second: fp32 on the CPU, without gaps, of one shape.
+    """
+    pointers = (_P(tensor.data_ptr()) for tensor in (first, second))
+    return kernel.hrm_squared_angles(
+        *pointers, _I(first.numel()), ctypes.c_float(correction), _I(torch.get_num_threads())
+    )
 
 
 def _probe(kernel: ctypes.CDLL) -> None:
