@@ -14,6 +14,8 @@ from hrmtext.errors import BackendError, ConfigError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 """Short names of number formats, as configs and the command line spell them."""
+KEPT_KERNELS = 32
+"""Kernels that oneDNN keeps in training."""
 
 
 def pick_device(name: str | None = None) -> torch.device:
@@ -69,6 +71,16 @@ def last_cache_bytes() -> int | None:
         except (OSError, ValueError):  # some systems leave a file out, or write it otherwise
             continue
     return sizes[max(sizes)] if sizes else None
+
+
+def keep_few_kernels() -> None:
+    """Let oneDNN, by which a CPU multiplies bf16, keep few of its kernels; before its first product.
+
+    It makes one for every shape and keeps 1,024, up to a gigabyte, and packed rows bring new shapes
+    at every step. What the environment says already stays.
+    """
+    for name in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+        os.environ.setdefault(name, str(KEPT_KERNELS))
 
 
 def device_of_rank(local_rank: int) -> torch.device:

@@ -260,12 +260,16 @@ def estimate_memory(
     bins = max(1, config.batch_tokens // config.bin_size)
     tokens = config.bin_size if bins >= num_devices else config.batch_tokens // num_devices
     chunk = min(config.loss_chunk_bytes, 4 * model.vocab_size * tokens)
-    copy = 2 * (stored + trained) if is_copy else 0
+    ends = model.vocab_size * model.hidden_size  # numbers of the embedding, and of the head
+    copy = rounded = 0
     if shards > 1:
         copy = (2 if is_copy else 4) * stored + 4 * stored
+    elif is_copy:
+        rounded = 2 * ends  # the head, while the loss is computed
+        copy = 2 * (stored + trained - 2 * ends * (1 if config.lora is not None else 2))
     head = 0  # its gradient, where it has one
     if config.lora is None:
-        head = 4 * model.vocab_size * model.hidden_size * num_losses(config, depth)
+        head = 4 * ends * num_losses(config, depth)
     return Memory(
         weights=-(-4 * stored // shards),
         optimizer=-(-8 * trained // shards),
@@ -275,7 +279,7 @@ def estimate_memory(
         activations=int(
             activation_bytes(model, depth, dtype, config.activation_checkpointing) * tokens
         ),
-        logits=int(chunk * (2.5 if is_copy else 2)) + head,
+        logits=int(chunk * (2.5 if is_copy else 2)) + head + rounded,
     )
 
 

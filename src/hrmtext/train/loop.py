@@ -19,7 +19,7 @@ from hrmtext.model.depth import Depth
 from hrmtext.model.flops import training_flops
 from hrmtext.runtime import dist
 from hrmtext.runtime.compile import compile_blocks
-from hrmtext.runtime.device import pick_device, pick_training_dtype
+from hrmtext.runtime.device import keep_few_kernels, pick_device, pick_training_dtype
 from hrmtext.runtime.log import logger
 from hrmtext.runtime.memory import release_free_memory
 from hrmtext.train.build import build_compute
@@ -129,6 +129,8 @@ class Session:
         self.model_config = config.model.resolve()
         check_data(config, source)
         dtype = pick_training_dtype(config.precision, device)
+        if device.type == "cpu":
+            keep_few_kernels()
         self.total_steps = config.max_steps or source.num_steps(config)
         self.identity = RunIdentity(
             config=config,

@@ -22,6 +22,8 @@ from hrmtext.runtime.transfer import send
 LossKernel = Literal["auto", "chunked", "compiled", "linear"]
 NUM_SUMS = 4
 """Numbers that `step_sums` gives."""
+PRODUCT_ROWS = 8192
+"""Tokens of the vocabulary whose share of a chunk's product with bf16 factors exists at a time."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -105,7 +107,8 @@ def cross_entropy(
     and in the backward pass: the gradient is computed along with the loss.
 
     Args:
-        hidden: (S, D). weight: (V, D). labels: (S) int64, all within the vocabulary.
+        hidden: (S, D). weight: (V, D), rounded to the format of `hidden` for the products; its
+            gradient has its own. labels: (S) int64, all within the vocabulary.
         chunk_bytes: the fp32 logits of a chunk stay below this, at one token at least.
         kernel: `chunked`: plain torch; `compiled`: what lies between the matrix products of a chunk
             as one compiled kernel; `linear`: torch's own `linear_cross_entropy`, beside which a
@@ -116,7 +119,7 @@ def cross_entropy(
     """
     chunk_rows = max(1, chunk_bytes // (4 * weight.shape[0]))
     if kernel == "linear":
-        return _torch_linear(hidden, weight, labels, scale, chunk_rows)
+        return _torch_linear(hidden, weight.to(hidden.dtype), labels, scale, chunk_rows)
     needs_gradient = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
     fused = kernel == "compiled" or (kernel == "auto" and hidden.device.type == "cuda")
     softmax = _compiled_softmax() if fused else _softmax_and_gradient
@@ -198,31 +201,26 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         losses = hidden.new_empty(len(labels), dtype=wide)  # (S)
         correct = torch.empty_like(labels, dtype=torch.bool)  # (S)
         grad_hidden = torch.empty_like(hidden) if needs_gradient else None
+        rounded = weight.to(hidden.dtype)
         # Chunks add up in fp32 and are rounded once to the weight's format, as one alone is.
         with_weight = needs_gradient and ctx.needs_input_grad[1]  # not where it is frozen
         is_one = len(labels) <= chunk_rows
-        sums = weight.dtype if is_one else wide
+        sums = weight.dtype if is_one else torch.promote_types(weight.dtype, torch.float32)
         grad_weight = torch.zeros_like(weight, dtype=sums) if with_weight else None
         # A float would be compiled anew at every step; a CPU scalar goes into any kernel.
         factor = torch.tensor(scale, dtype=wide)
         for start in range(0, len(labels), chunk_rows):
             rows = slice(start, start + chunk_rows)
-            logits = hidden[rows] @ weight.T  # (C, V)
+            logits = hidden[rows] @ rounded.T  # (C, V)
             losses[rows], correct[rows], grad = softmax(
                 logits, labels[rows], factor, needs_gradient
             )
             del logits
             if grad_hidden is None:
                 continue
-            torch.mm(grad, weight, out=grad_hidden[rows])
-            if grad_weight is None:
-                continue
-            if is_one:
-                torch.mm(grad.T, hidden, out=grad_weight)
-            elif grad.dtype == wide:
-                grad_weight.addmm_(grad.T, hidden[rows])
-            else:
-                grad_weight += grad.T @ hidden[rows]
+            torch.mm(grad, rounded, out=grad_hidden[rows])
+            if grad_weight is not None:
+                _add_product(grad_weight, grad, hidden[rows])
         if grad_hidden is not None:
             of_weight = None if grad_weight is None else grad_weight.to(weight.dtype)
             ctx.save_for_backward(grad_hidden, of_weight)
@@ -232,9 +230,22 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Any, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        arriving = grad_outputs[0].to(grad_hidden.dtype)
+        arriving = grad_outputs[0]
+        if arriving.device.type == "cpu" and arriving == 1:  # no second copy of the head's size
+            return grad_hidden, grad_weight, None, None, None, None, None
         of_weight = None if grad_weight is None else grad_weight * arriving
-        return grad_hidden * arriving, of_weight, None, None, None, None, None
+        of_hidden = grad_hidden * arriving.to(grad_hidden.dtype)
+        return of_hidden, of_weight, None, None, None, None, None
+
+
+def _add_product(sums: torch.Tensor, grad: torch.Tensor, hidden: torch.Tensor) -> None:
+    """Add `grad.T @ hidden`, (V, D), of a chunk's (C, V) and (C, D) to `sums`."""
+    if sums.dtype == grad.dtype:
+        sums.addmm_(grad.T, hidden)
+        return
+    for columns in range(0, len(sums), PRODUCT_ROWS):  # what is to be widened stays small
+        part = slice(columns, columns + PRODUCT_ROWS)
+        sums[part] += grad[:, part].T @ hidden
 
 
 def forward_loss(

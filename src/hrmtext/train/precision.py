@@ -1,8 +1,10 @@
-"""fp32 master weights and the module that computes: the same one, or a bf16 copy of it.
+"""fp32 master weights and the module that computes: the same one, or one with bf16 stacks.
 
-In bf16 each gradient of the copy is added to the fp32 gradient of the master weight as soon as it
-is whole, in every microbatch, and the copy is refreshed from the master weights after every
-optimizer step. No autocast: what runs in which format is what the module's tensors say.
+In bf16 the stacks are copies: each of their gradients is added to the fp32 gradient of the master
+weight as soon as it is whole, in every microbatch, and they are refreshed from the master weights
+after every optimizer step. Embedding and head, which a step uses once, are the master's own: what
+was looked up is rounded, and the loss rounds the head for its products, so that no copy of them is
+kept and their gradients are fp32 from the start. No autocast.
 """
 
 from __future__ import annotations
@@ -37,7 +39,7 @@ class ComputeModel:
         self.is_copy = dtype != master_dtype
         self._buffers: dict[int, torch.Tensor] = {}
         self._hooks: list[RemovableHandle] = []
-        self._take(copy.deepcopy(master).to(dtype) if self.is_copy else master)
+        self._take(_with_rounded_stacks(master, dtype) if self.is_copy else master)
         self.shards = Shards.whole(master)
 
     def use_master(self) -> None:
@@ -49,16 +51,17 @@ class ComputeModel:
     def _take(self, module: HrmLM) -> None:
         self.module = module
         pairs = list(zip(self.master.parameters(), self.module.parameters(), strict=True))
-        self._pairs: list[tuple[torch.Tensor, torch.Tensor]] = [
+        self._trained: list[tuple[torch.Tensor, torch.Tensor]] = [
             pair for pair in pairs if pair[0].requires_grad
         ]
-        """Trained weights of master and copy."""
-        self._frozen = [pair for pair in pairs if not pair[0].requires_grad]
+        """Trained weights, of the master and as they compute: copies, or the same."""
+        self._copies = [(ours, copied) for ours, copied in pairs if ours is not copied]
         for hook in self._hooks:
             hook.remove()
         self._hooks = [
             computed.register_post_accumulate_grad_hook(functools.partial(self._collect, index))
-            for index, (_, computed) in enumerate(self._pairs if self.is_copy else [])
+            for index, (master, computed) in enumerate(self._trained)
+            if computed is not master
         ]
 
     def call(self, function: Callable[..., Result], *arguments: Any, **named: Any) -> Result:
@@ -75,14 +78,14 @@ class ComputeModel:
 
     def clear_gradients(self) -> None:
         """Set every gradient to None: a parameter that gets none must be seen to have none."""
-        for master, computed in self._pairs:
+        for master, computed in self._trained:
             master.grad = None
             computed.grad = None
 
     @torch.no_grad()
     def _collect(self, index: int, computed: torch.Tensor) -> None:
         """Add a whole gradient of the copy to the master's, in fp32, and free it."""
-        master = self._pairs[index][0]
+        master = self._trained[index][0]
         assert computed.grad is not None, "called when the gradient has been accumulated"
         if master.grad is None:
             if index not in self._buffers:
@@ -95,9 +98,9 @@ class ComputeModel:
     @torch.no_grad()
     def refresh(self, *, frozen: bool = False) -> None:
         """Round the master weights into the copy; frozen ones only when asked, after loading."""
-        if self.is_copy:
-            pairs = [*self._pairs, *self._frozen] if frozen else self._pairs
-            torch._foreach_copy_([copy for _, copy in pairs], [master for master, _ in pairs])
+        pairs = [pair for pair in self._copies if frozen or pair[0].requires_grad]
+        if pairs:
+            torch._foreach_copy_([copied for _, copied in pairs], [master for master, _ in pairs])
 
     @contextlib.contextmanager
     @torch.no_grad()
@@ -109,13 +112,26 @@ class ComputeModel:
         if weights is None:
             yield self.module
             return
-        computed = [pair[1] for pair in self._pairs]
-        kept = None if self.is_copy else [weight.detach().clone() for weight in computed]
+        own = [computed.data for _, computed in self._trained]
         try:
-            torch._foreach_copy_(computed, list(weights))
+            for (master, computed), other in zip(self._trained, weights, strict=True):
+                if computed is master:
+                    computed.data = other  # borrowed, not copied
+                else:
+                    computed.copy_(other)
             yield self.module
         finally:
-            if kept is None:
-                self.refresh()
-            else:
-                torch._foreach_copy_(computed, kept)
+            for (_, computed), data in zip(self._trained, own, strict=True):
+                computed.data = data
+            self.refresh()
+
+
+def _with_rounded_stacks(master: HrmLM, dtype: torch.dtype) -> HrmLM:
+    """A module with stacks of its own in `dtype`, and the master's embedding and head."""
+    own = (master.model.embed_tokens.weight, master.lm_head.weight)
+    module = copy.deepcopy(master, {id(parameter): parameter for parameter in own})
+    for name, child in module.model.named_children():
+        if name != "embed_tokens":
+            child.to(dtype)
+    module.model.embed_tokens.register_forward_hook(lambda _, __, looked_up: looked_up.to(dtype))
+    return module

@@ -117,7 +117,8 @@ class CallProbe:
         weight = self.model.lm_head.weight
         states = torch.stack(self._lens)  # (C, n, D)
         wide = torch.promote_types(states.dtype, torch.float32)
-        log_probs = torch.log_softmax(states @ weight.T, -1, dtype=wide)  # (C, n, V)
+        logits = states @ weight.to(states.dtype).T  # (C, n, V)
+        log_probs = torch.log_softmax(logits, -1, dtype=wide)
         final = log_probs[-1]
         kl = (final.exp() * (final - log_probs)).sum(-1).mean(-1)  # (C)
         calls = range(len(self._lens))

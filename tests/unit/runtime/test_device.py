@@ -1,11 +1,22 @@
 """A device asked for by name is used, or refused with the reason and what to do."""
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
 from hrmtext.errors import BackendError, RankError
 from hrmtext.runtime import device as devices
-from hrmtext.runtime.device import communication_backend, device_of_rank, pick_device
+from hrmtext.runtime.device import (
+    KEPT_KERNELS,
+    communication_backend,
+    cpu_has_bf16,
+    device_of_rank,
+    keep_few_kernels,
+    pick_device,
+)
 from hrmtext.train.parallel import process_group
 
 
@@ -70,3 +81,30 @@ def test_ranks_that_cannot_meet_say_who_where_and_how(monkeypatch):
     group = process_group(torch.device("cpu"), timeout_s=0.2)
     with pytest.raises(RankError, match=r"no MASTER_ADDR.*torchrun"), group:
         pass
+
+
+def test_training_keeps_few_kernels_unless_the_environment_says_how_many(monkeypatch):
+    monkeypatch.delenv("LRU_CACHE_CAPACITY", raising=False)
+    monkeypatch.setenv("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "7")
+    keep_few_kernels()
+    assert os.environ["ONEDNN_PRIMITIVE_CACHE_CAPACITY"] == "7"
+    assert os.environ["LRU_CACHE_CAPACITY"] == str(KEPT_KERNELS)
+
+
+@pytest.mark.skipif(not cpu_has_bf16(), reason="this processor has no bf16 instructions")
+def test_few_kept_kernels_take_less_memory():
+    script = (
+        "import sys, torch; from hrmtext.runtime.device import keep_few_kernels;"
+        "sys.argv[1] == 'few' and keep_few_kernels();"
+        "rss = lambda: int(open('/proc/self/statm').read().split()[1]) * 4096;"
+        "weight = torch.ones(256, 256, dtype=torch.bfloat16); before = rss();"
+        "[torch.ones(rows, 256, dtype=torch.bfloat16) @ weight for rows in range(16, 216)];"
+        "print(rss() - before)"
+    )
+    clean = {k: v for k, v in os.environ.items() if not k.endswith("CACHE_CAPACITY")}
+    grown = {}
+    for name in ("few", "all"):
+        command = [sys.executable, "-c", script, name]
+        done = subprocess.run(command, env=clean, capture_output=True, text=True, check=True)
+        grown[name] = int(done.stdout)
+    assert grown["few"] < 0.5 * grown["all"]

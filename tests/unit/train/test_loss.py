@@ -116,6 +116,37 @@ def test_bf16_is_as_near_to_fp64_as_the_plain_bf16_loss(rows_per_chunk):
         assert error <= 1.5 * theirs + 1e-12
 
 
+@pytest.mark.filterwarnings("default")  # torch.compile warns about its own inside
+@pytest.mark.parametrize("rows_per_chunk", [5, 1000])
+@pytest.mark.parametrize(
+    "kernel", ["chunked", pytest.param("compiled", marks=NEEDS_COMPILER), "linear"]
+)
+def test_a_master_head_is_rounded_for_the_products_and_its_gradient_is_not(
+    kernel, rows_per_chunk, monkeypatch
+):
+    monkeypatch.setattr("hrmtext.train.loss.PRODUCT_ROWS", 16)  # of a vocabulary of 50
+    hidden, rounded, labels = inputs(torch.bfloat16)
+    master = rounded.detach().float().requires_grad_()
+    exact_hidden, exact_weight = (x.detach().double().requires_grad_() for x in (hidden, rounded))
+    exact = gradient_of(
+        lambda: F.cross_entropy(exact_hidden @ exact_weight.T, labels, reduction="sum"),
+        exact_hidden, exact_weight,
+    )  # fmt: skip
+    found = {}
+    for weight in (master, rounded):
+        found[weight.dtype] = gradient_of(
+            lambda weight=weight: cross_entropy(
+                hidden, weight, labels, chunk_bytes=rows_per_chunk * 4 * 50, kernel=kernel
+            ).total,
+            hidden, weight,
+        )  # fmt: skip
+    assert found[torch.float32][2].dtype == torch.float32
+    pairs = zip(found[torch.float32], found[torch.bfloat16], exact, strict=True)
+    for ours, copied, expected in pairs:
+        error, theirs = (float((x.double() - expected).norm()) for x in (ours, copied))
+        assert error <= theirs + 1e-12
+
+
 def test_no_gradient_is_computed_where_none_is_wanted():
     hidden, weight, labels = inputs(torch.float32)
     with torch.no_grad():
