@@ -74,7 +74,7 @@ def last_cache_bytes() -> int | None:
 
 
 def keep_few_kernels() -> None:
-    """Let oneDNN, by which a CPU multiplies bf16, keep few of its kernels; before its first product.
+    """Let oneDNN, by which a CPU multiplies bf16, keep few kernels; before its first product.
 
     It makes one for every shape and keeps 1,024, up to a gigabyte, and packed rows bring new shapes
     at every step. What the environment says already stays.

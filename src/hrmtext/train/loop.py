@@ -21,7 +21,7 @@ from hrmtext.runtime import dist
 from hrmtext.runtime.compile import compile_blocks
 from hrmtext.runtime.device import keep_few_kernels, pick_device, pick_training_dtype
 from hrmtext.runtime.log import logger
-from hrmtext.runtime.memory import release_free_memory
+from hrmtext.runtime.memory import MemoryRelease
 from hrmtext.train.build import build_compute
 from hrmtext.train.checkpoint import CheckpointWriter, RunIdentity, load_checkpoint
 from hrmtext.train.elastic import num_losses
@@ -42,7 +42,6 @@ from hrmtext.train.validate import Validation, validate_both
 from hrmtext.train.watchdog import GROUP_MARGIN, Watchdog, explain_lost_ranks
 
 Resume = Literal["auto", "never", "must"]
-STEPS_PER_MEMORY_RELEASE = 100
 
 
 def train(
@@ -161,6 +160,7 @@ class Session:
         self.forgetting = ForgettingCheck.of(config, source.tokenizer_folder)
         self.interval = Interval(device)
         self.watch = Stopwatch()
+        self.memory = MemoryRelease(device)
         self.last_validation: Validation | None = None
 
     def begin(self, resume: Resume) -> None:
@@ -259,8 +259,7 @@ class Session:
             self.watchdog.beat("step", self.state.step + 1)
             self._one_step(next(batches), log, shown)
             step, config = self.state.step, self.config
-            if self.device.type == "cpu" and step % STEPS_PER_MEMORY_RELEASE == 0:
-                release_free_memory()
+            self.memory.tick()
             is_last = step == self.total_steps
             self.watch.pause()
             if is_last or (config.validate_every and step % config.validate_every == 0):

@@ -219,6 +219,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             if grad_hidden is None:
                 continue
             torch.mm(grad, rounded, out=grad_hidden[rows])
+            if start + chunk_rows >= len(labels):
+                del rounded  # as large as half of what comes
             if grad_weight is not None:
                 _add_product(grad_weight, grad, hidden[rows])
         if grad_hidden is not None:

@@ -125,7 +125,7 @@ class AdamAtan2(torch.optim.Optimizer):
     def _update(self, parameters: list[torch.Tensor], count: int, group: dict[str, Any]) -> None:
         lr, weight_decay = group["lr"], group["weight_decay"]
         beta1, beta2 = group["betas"]
-        gradients = [local(p.grad) for p in parameters if p.grad is not None]
+        gradients = [_dense(p.grad) for p in parameters if p.grad is not None]
         first = [local(self.state[parameter]["exp_avg"]) for parameter in parameters]
         second = [local(self.state[parameter]["exp_avg_sq"]) for parameter in parameters]
         parameters = [local(parameter) for parameter in parameters]
@@ -164,16 +164,24 @@ class AdamAtan2(torch.optim.Optimizer):
                 _one_pass(), [torch.as_tensor(x, dtype=parameters[0].dtype) for x in numbers]
             )
         for parameter in parameters:
-            assert parameter.grad is not None, "only parameters with a gradient are updated"
+            gradient = parameter.grad
+            assert gradient is not None, "only parameters with a gradient are updated"
             state = self.state[parameter]
             own = [parameter, *(state[name] for name in _MOMENTS)]
             if ema_decay is not None:
                 own.append(state["ema"])
+            if gradient.is_sparse and self.takes_rows(parameter):
+                run([own[0], gradient, *own[1:]])
+                continue
             # What is written must be seen through; a gradient is only read.
             flat = [local(tensor).view(-1) for tensor in own]
-            flat.insert(1, local(parameter.grad).reshape(-1))
+            flat.insert(1, _dense(gradient).reshape(-1))
             if flat[0].numel():  # a rank may hold no part of a small parameter
                 run(flat)
+
+    def takes_rows(self, parameter: torch.Tensor) -> bool:
+        """Whether a sparse gradient, of some rows, is used as it is; else it is made dense."""
+        return self._kernel_of(parameter) == "cpp" and cpp.takes_rows(cpp.library(), parameter)
 
     def set_lr(self, lr: float) -> None:
         """Set the learning rate of every group: `lr` times its `lr_scale`, where it has one."""
@@ -250,8 +258,14 @@ class AdamAtan2(torch.optim.Optimizer):
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
-    """This rank's part of a sharded tensor; any other tensor as it is."""
+    """This rank's part of a sharded tensor, the rows of a sparse one, any other as it is."""
+    if tensor.is_sparse:
+        return tensor.values()
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _dense(gradient: torch.Tensor) -> torch.Tensor:
+    return gradient.to_dense() if gradient.is_sparse else local(gradient)
 
 
 def _suits_cpp(parameter: torch.Tensor) -> bool:

@@ -72,8 +72,18 @@ class ComputeModel:
         """Add the gradients of a microbatch to the master's."""
         loss.backward()
 
+    def use_sparse_embedding(self) -> None:
+        """Let the embedding's gradient be sparse: of the rows that were looked up, on one rank."""
+        checks = torch.sparse.check_sparse_tensor_invariants
+        if not checks.is_enabled():
+            checks.disable()  # torch warns where nobody has said whether it is to check
+        self.module.model.embed_tokens.sparse = True
+
     def reduce(self) -> None:
-        """Sum the gradients over all ranks."""
+        """Sum the gradients over all ranks, and those of a sparse one by row."""
+        table = self.master.model.embed_tokens.weight
+        if table.grad is not None and table.grad.is_sparse:
+            table.grad = table.grad.coalesce()
         sum_gradients(list(self.shards.parameters.values()))
 
     def clear_gradients(self) -> None:

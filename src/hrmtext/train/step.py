@@ -16,10 +16,11 @@ from hrmtext.data.loader import GlobalBatch
 from hrmtext.errors import BackendError, NonFiniteError
 from hrmtext.model.depth import Depth
 from hrmtext.model.layers import BlockCall
+from hrmtext.runtime import dist
 from hrmtext.train.cpp import CppBlocks, choose_blocks
 from hrmtext.train.loss import NUM_SUMS, Microbatch, forward_loss, step_sums
 from hrmtext.train.modules import Modules
-from hrmtext.train.optim import AdamAtan2
+from hrmtext.train.optim import AdamAtan2, local
 from hrmtext.train.precision import ComputeModel
 from hrmtext.train.recompute import recomputing
 from hrmtext.train.stability import Observation
@@ -28,6 +29,9 @@ from hrmtext.train.watch import StepWatch
 
 if TYPE_CHECKING:
     from hrmtext.train.parallel.sharded import ShardedModel
+
+SPARSE_TABLE = 1 << 22
+"""Numbers of an embedding from which its gradient may be that of some rows."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +72,25 @@ class TrainStep:
                 "block_kernel=cpp needs whole weights, and parallel spreads them over the ranks; "
                 "use block_kernel=torch or parallel=ddp"
             )
+        if isinstance(compute, ComputeModel) and self._suits_sparse_embedding():
+            compute.use_sparse_embedding()
         self.call_block: BlockCall | None = self.blocks or recomputing(
             compute.module, config.activation_checkpointing
         )
         modules = Modules(compute.shards.parameters, compute.shards.sum_over_shards)
         self.watch = StepWatch(modules, optimizer, config)
         self._probe: CallProbe | None = None
+
+    def _suits_sparse_embedding(self) -> bool:
+        """Whether a step looks up few of many rows, and the optimizer takes the gradient so."""
+        table = self.compute.master.model.embed_tokens.weight
+        is_large = table.numel() >= SPARSE_TABLE and len(table) >= 8 * self.config.batch_tokens
+        return (
+            is_large
+            and table.requires_grad
+            and not dist.is_distributed()
+            and self.optimizer.takes_rows(table)
+        )
 
     def run(self, batch: GlobalBatch, *, depth: Depth, lr: float, step: int) -> StepResult:
         """Accumulate this rank's bins, sum over ranks, check, update or leave out.
@@ -158,7 +175,7 @@ class TrainStep:
     def refuse(self, batch: GlobalBatch, seen: Observation, step: int) -> NoReturn:
         """Raise NonFiniteError that names the parameters whose gradients are not finite."""
         shards = self.compute.shards
-        found = {name: p.grad for name, p in shards.parameters.items() if p.grad is not None}
+        found = {name: local(p.grad) for name, p in shards.parameters.items() if p.grad is not None}
         flags = torch.zeros(len(found), device=self.device)
         for index, gradient in enumerate(found.values()):
             flags[index] = (~gradient.isfinite()).any()

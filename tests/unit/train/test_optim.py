@@ -158,6 +158,31 @@ def test_the_cpp_kernel_is_as_near_to_fp64_as_foreach_at_any_gradient_scale(scal
         assert error <= 2 * budget + 1e-7 * float(exact.abs().max())
 
 
+@pytest.mark.parametrize(
+    ("kernel", "width"),
+    [("foreach", 64), ("foreach", 5), pytest.param("cpp", 64, marks=NEEDS_CPP),
+     pytest.param("cpp", 5, marks=NEEDS_CPP)],
+)  # fmt: skip
+def test_a_gradient_of_some_rows_is_one_with_zeros_in_the_others(kernel, width):
+    rows, draw = 700, torch.Generator().manual_seed(0)  # several threads' worth
+    start = torch.randn(rows, width, generator=draw)
+    tables = [torch.nn.Parameter(start.clone()) for _ in range(2)]
+    optimizers = [AdamAtan2([p], lr=0.1, ema_decay=0.8, kernel=kernel) for p in tables]
+    for chosen in ([0, 3, 3, 699], [5], [], [3, 350, 351, 0]):
+        values = torch.randn(len(chosen), width, generator=draw)
+        index = torch.tensor([chosen], dtype=torch.int64)
+        with torch.sparse.check_sparse_tensor_invariants():
+            sparse = torch.sparse_coo_tensor(index, values, start.shape).coalesce()
+        for table, optimizer, gradient in zip(
+            tables, optimizers, (sparse, sparse.to_dense()), strict=True
+        ):
+            table.grad = gradient
+            optimizer.step()
+    states = [[p.detach(), *o.state[p].values()] for p, o in zip(tables, optimizers, strict=True)]
+    for few, all_rows in zip(*states, strict=True):
+        assert few == all_rows if isinstance(few, int) else torch.equal(few, all_rows)
+
+
 @NEEDS_CPP
 @pytest.mark.parametrize("size", [1, 5, 16, 1025, 70_001])
 def test_the_size_of_an_update_is_that_of_fp64_for_any_number_of_threads(size):

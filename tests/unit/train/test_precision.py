@@ -11,6 +11,7 @@ from hrmtext.config.model import preset
 from hrmtext.errors import ConfigError, NonFiniteError
 from hrmtext.model import build_model
 from hrmtext.model.depth import Depth
+from hrmtext.runtime.native import compiler
 from hrmtext.train.loss import Microbatch, forward_loss
 from hrmtext.train.optim import AdamAtan2
 from hrmtext.train.precision import ComputeModel
@@ -72,6 +73,30 @@ def test_at_two_backward_steps_the_master_embedding_has_no_gradient_either():
     assert step.compute.master.model.embed_tokens.weight.grad is not None
     step.accumulate(batch, Depth.from_bp_steps(CONFIG, 2))
     assert step.compute.master.model.embed_tokens.weight.grad is None
+
+
+@pytest.mark.skipif(compiler() is None, reason="the C++ optimizer needs a compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_of_many_rows_looked_up_change_nothing_but_the_memory(dtype, monkeypatch):
+    batch = step_batch(random_rows(6), 2)  # three bins
+    found = {}
+    for least in (1 << 22, 1):
+        monkeypatch.setattr("hrmtext.train.step.SPARSE_TABLE", least)
+        step = make_step(dtype, batch_tokens=8, telemetry_every=2)
+        table = step.compute.master.model.embed_tokens.weight
+        for index in range(4):
+            result = step.run(batch, depth=Depth.from_bp_steps(CONFIG, 5), lr=0.01, step=index)
+            assert table.grad.is_sparse == (least == 1)
+        found[least] = [p.detach() for p in step.compute.master.parameters()], result
+    (dense, expected), (sparse, result) = found.values()
+    for a, b in zip(dense, sparse, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+    assert result.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-5)
+    assert result.records[0].keys() == expected.records[0].keys()
+    with torch.no_grad():
+        table[4] = torch.nan  # a row that is looked up
+    with pytest.raises(NonFiniteError, match=r"model\.embed_tokens\.weight"):
+        step.run(batch, depth=Depth.from_bp_steps(CONFIG, 5), lr=0.01, step=4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

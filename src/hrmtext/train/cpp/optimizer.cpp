@@ -1,6 +1,7 @@
 // Adam-atan2 and the average of the weights, element by element, in one pass over the memory; and how
 // large an update was.
 
+#include <algorithm>
 #include <cstdint>
 
 #include "threads.h"
@@ -54,11 +55,12 @@ Vec atan2_of(Vec y, Vec x) {
 }
 
 struct Arrays {
-    float *weight, *gradient, *first, *second, *average;  // average: null where none is kept
+    float *weight, *first, *second, *average;  // average: null where none is kept
 };
 
-void update(const Arrays& a, int64_t i, const Numbers& n) {
-    const Vec g = load(a.gradient + i), old = load(a.first + i);
+// One vector, by its gradient.
+void update(const Arrays& a, int64_t i, Vec g, const Numbers& n) {
+    const Vec old = load(a.first + i);
     const Vec m = old + (g - old) * n.one_minus_beta1;
     const Vec v = load(a.second + i) * n.beta2 + g * g * n.one_minus_beta2;
     const Vec w = load(a.weight + i) * n.decay - atan2_of(m, root(v) * n.correction) * n.rate;
@@ -121,20 +123,42 @@ extern "C" double hrm_squared_angles(const float* first, const float* second, in
 extern "C" void hrm_adam_atan2(float* weight, float* gradient, float* first, float* second,
                                float* average, int64_t count, const Numbers* numbers,
                                int64_t threads) {
-    const Arrays all{weight, gradient, first, second, average};
+    const Arrays all{weight, first, second, average};
     const Numbers n = *numbers;
     const int64_t whole = count / LANES;
     threads = worthwhile(count, threads);
     on_threads(threads, [&](int64_t thread) {
         const Range mine = part(whole, thread, threads);
-        for (int64_t i = mine.begin * LANES; i < mine.end * LANES; i += LANES) update(all, i, n);
+        for (int64_t i = mine.begin * LANES; i < mine.end * LANES; i += LANES)
+            update(all, i, load(gradient + i), n);
     });
     float rest[5][LANES] = {};
-    float* const arrays[] = {weight, gradient, first, second, average};
+    float* const arrays[] = {weight, first, second, average, gradient};
     const int64_t from = whole * LANES;
     for (int k = 0; k < 5; ++k)
         for (int64_t i = from; arrays[k] && i < count; ++i) rest[k][i - from] = arrays[k][i];
-    update({rest[0], rest[1], rest[2], rest[3], rest[4]}, 0, n);
-    for (int k = 0; k < 5; ++k)
+    update({rest[0], rest[1], rest[2], rest[3]}, 0, load(rest[4]), n);
+    for (int k = 0; k < 4; ++k)
         for (int64_t i = from; arrays[k] && i < count; ++i) arrays[k][i] = rest[k][i - from];
+}
+
+// The same of a table whose gradient is that of `given` rows, ascending, and zero elsewhere. `width` is a
+// multiple of the vector's.
+extern "C" void hrm_adam_atan2_rows(float* weight, const float* gradient, const int64_t* given,
+                                    int64_t num_given, int64_t rows, int64_t width, float* first,
+                                    float* second, float* average, const Numbers* numbers,
+                                    int64_t threads) {
+    const Arrays all{weight, first, second, average};
+    const Numbers n = *numbers;
+    threads = worthwhile(rows * width, threads);
+    on_threads(threads, [&](int64_t thread) {
+        const Range mine = part(rows, thread, threads);
+        int64_t next = std::lower_bound(given, given + num_given, mine.begin) - given;
+        for (int64_t row = mine.begin; row < mine.end; ++row) {
+            const bool has_gradient = next < num_given && given[next] == row;
+            const float* g = has_gradient ? gradient + next++ * width : nullptr;
+            for (int64_t i = 0; i < width; i += LANES)
+                update(all, row * width + i, g ? load(g + i) : Vec{}, n);
+        }
+    });
 }

@@ -28,7 +28,7 @@ def library() -> ctypes.CDLL:
         BackendError: it cannot be built, or does not compute here what the formula says.
     """
     loaded = load_kernel(Path(__file__).with_suffix(".cpp"), "optimizer_kernel=cpp")
-    loaded.hrm_adam_atan2.restype = None
+    loaded.hrm_adam_atan2.restype = loaded.hrm_adam_atan2_rows.restype = None
     loaded.hrm_squared_angles.restype = ctypes.c_double
     _probe(loaded)
     return loaded
@@ -58,17 +58,28 @@ def update(
     """One step of one parameter, and its average where there is one, in place.
 
     Args:
-        parameter, gradient, moments, average: fp32 on the CPU, without gaps, of one shape.
+        parameter, gradient, moments, average: fp32 on the CPU, without gaps, of one shape; a
+            `gradient` of some rows of a table may be sparse and coalesced, where `takes_rows`.
         numbers: 1 - lr * wd, 1 - b1, b2, 1 - b2, lr / (1 - b1^t), 1 / sqrt(1 - b2^t), 1 - decay of
             the average.
     """
-    tensors = (parameter, gradient, *moments)
-    pointers = [_P(tensor.data_ptr()) for tensor in tensors]
-    pointers.append(_P(None if average is None else average.data_ptr()))
+    of_average = _P(None if average is None else average.data_ptr())
+    state = (*(_P(moment.data_ptr()) for moment in moments), of_average)
+    factors, threads = (ctypes.c_float * _NUMBERS)(*numbers), _I(torch.get_num_threads())
+    weight = _P(parameter.data_ptr())
+    if gradient.is_sparse:
+        given, values = gradient.indices(), gradient.values().contiguous()
+        rows = _P(given.data_ptr()), *(_I(size) for size in (given.shape[1], *parameter.shape))
+        kernel.hrm_adam_atan2_rows(weight, _P(values.data_ptr()), *rows, *state, factors, threads)
+        return
     kernel.hrm_adam_atan2(
-        *pointers, _I(parameter.numel()), (ctypes.c_float * _NUMBERS)(*numbers),
-        _I(torch.get_num_threads()),
-    )  # fmt: skip
+        weight, _P(gradient.data_ptr()), *state, _I(parameter.numel()), factors, threads
+    )
+
+
+def takes_rows(kernel: ctypes.CDLL, parameter: torch.Tensor) -> bool:
+    """Whether `update` takes the gradient of some rows of this table, zero in the others."""
+    return parameter.ndim == 2 and parameter.shape[1] % kernel.hrm_optimizer_lanes() == 0
 
 
 def squared_angles(
