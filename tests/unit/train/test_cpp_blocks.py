@@ -123,7 +123,7 @@ def test_rows_may_go_through_a_block_in_pieces_of_any_size(monkeypatch, piece):
 
     for select in (None, SELECT):
         whole = found(select)
-        monkeypatch.setattr(blocks_module, "PIECE_TOKENS", piece)
+        monkeypatch.setattr(blocks, "piece", piece)
         for name, value in found(select).items():
             torch.testing.assert_close(value, whole[name], rtol=1e-4, atol=1e-5, msg=name)
         monkeypatch.undo()

@@ -2,6 +2,7 @@
 // fp32, or (columns / LANES, inputs / 2, LANES, 2) in bf16 where the processor multiplies those.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 #include "threads.h"
@@ -32,6 +33,7 @@ inline void tile(const T* w, int64_t block_stride, int64_t block_step, const T* 
 
 constexpr int64_t NEAR_ROWS = 5 * TILE_ROWS, NEAR_INPUTS = 128;
 // What a piece of so many rows and inputs reads stays in the first cache.
+constexpr int64_t NEAR_BYTES = 1 << 18;  // of weights, which all rows meet while they are in the second
 
 // Inputs [inputs) of a tile: begun or continued, kept in `between` or finished.
 template <int ROWS, int BLOCKS, class T, class Finish>
@@ -65,15 +67,11 @@ inline void rows_tile(int64_t count, const T* w, const T* x, int64_t stride, int
 }
 
 // Blocks [range) of the product of rows, `stride` apart, with packed weights, two blocks at a time;
-// `finish(row, block, left, right)` gets the sums.
+// `finish(row, block, left, right)` gets the sums. Not inlined: compilers then spill what tiles hold.
 template <class T, class Finish>
-void product(const T* w, const T* x, int64_t stride, int64_t inputs, int64_t rows, Range range,
-             const Finish& finish) {
+__attribute__((noinline)) void near_product(const T* w, const T* x, int64_t stride, int64_t inputs,
+                                            int64_t rows, Range range, const Finish& finish) {
     float between[NEAR_ROWS * 2 * LANES];
-    if (rows == 1)  // enough sums at once to hide the latency of one
-        for (; range.begin + 8 <= range.end; range.begin += 8)
-            piece_tile<1, 8>(w, x, stride, inputs, Range{0, inputs}, 0, range.begin, between,
-                             finish);
     const int64_t pieces = (rows + NEAR_ROWS - 1) / NEAR_ROWS;
     for (int64_t piece = 0; piece < pieces; ++piece) {
         const Range here = part(rows, piece, pieces);  // of like size, as their tiles are
@@ -88,6 +86,21 @@ void product(const T* w, const T* x, int64_t stride, int64_t inputs, int64_t row
                                          between + mine.begin * 2 * LANES, finish);
                 }
             }
+    }
+}
+
+// The same, so many blocks at a time that their weights stay in the second cache for all rows.
+template <class T, class Finish>
+void product(const T* w, const T* x, int64_t stride, int64_t inputs, int64_t rows, Range range,
+             const Finish& finish) {
+    if (rows == 1)  // enough sums at once to hide the latency of one
+        for (; range.begin + 8 <= range.end; range.begin += 8)
+            piece_tile<1, 8>(w, x, stride, inputs, Range{0, inputs}, 0, range.begin, nullptr, finish);
+    const int64_t pair = 2 * LANES * inputs * int64_t(sizeof(T));  // bytes of two blocks
+    const int64_t group = 2 * std::max<int64_t>(1, NEAR_BYTES / pair);
+    for (; range.begin < range.end; range.begin += group) {
+        const Range some{range.begin, std::min(range.end, range.begin + group)};
+        near_product(w, x, stride, inputs, rows, some, finish);
     }
 }
 
@@ -159,6 +172,16 @@ inline int64_t copy_left(const Bf16* x, int64_t stride, int64_t count, int64_t, 
 }
 #endif
 
+// Fetches what the next tile of sums begins with: further on in its rows, or at their ends of those below.
+template <int ROWS>
+inline void fetch_ahead(const float* out, int64_t stride, int64_t column, int64_t columns) {
+    const int64_t from = column < columns ? column : ROWS * stride + column - columns;
+    for (int r = 0; r < ROWS; ++r) {
+        __builtin_prefetch(out + r * stride + from);
+        __builtin_prefetch(out + r * stride + from + LANES);
+    }
+}
+
 template <int ROWS, class T>
 inline void crossed_rows(int64_t rows, const T* left, const T* right, int64_t steps, int64_t columns,
                          float* out, int64_t out_stride, bool adds) {
@@ -169,6 +192,7 @@ inline void crossed_rows(int64_t rows, const T* left, const T* right, int64_t st
         }
         for (int64_t c = 0; c < columns; c += 2 * LANES) {
             Vec sums[ROWS][2] = {};
+            if (adds) fetch_ahead<ROWS>(out, out_stride, c + 4 * LANES, columns);
             if (adds)
                 for (int r = 0; r < ROWS; ++r)
                     for (int b = 0; b < 2; ++b)

@@ -25,8 +25,11 @@ from hrmtext.runtime.native.share import circle_shares
 
 MIN_OWN_TOKENS = 32
 """Tokens from which a thread of its own pays."""
-PIECE_TOKENS = 120
-"""Tokens that go through a block together: what is between its products stays in the cache."""
+PIECE_TOKENS, WIDE_PIECE_TOKENS = 120, 480
+"""Tokens that go through a block together, in narrow blocks and in wide ones."""
+NARROW = 192
+"""Hidden size up to which what is between the products of PIECE_TOKENS stays in the cache; where it
+does not, larger pieces read the weights and their gradients less often."""
 MOST_FREE = 8
 """Calls whose memory is kept for the next step: as many as carry gradient, and some."""
 _WEIGHTS = ("gqkv", "o", "gate_up", "down")
@@ -97,7 +100,9 @@ def why_not(model: HrmLM, dtype: torch.dtype = torch.float32) -> str | None:
 class RowsPlan:
     """Rows of one micro-batch as the kernel reads them, in the place of an attention plan."""
 
-    def __init__(self, layout: RowLayout) -> None:
+    def __init__(self, layout: RowLayout, piece: int) -> None:
+        """`piece`: tokens that go through a block together, if no row has more."""
+        self.piece = piece
         starts = [*layout.starts(), sum(layout.lengths)]
         self.num_tokens = layout.num_tokens
         self.longest = max(layout.lengths)
@@ -126,7 +131,7 @@ class RowsPlan:
             rows=self.num_rows,
             longest=self.longest,
             threads=self.threads,
-            piece=PIECE_TOKENS,
+            piece=self.piece,
             first_row=self.first_row,
             starts=self.starts.data_ptr(),
             visible=self.visible.data_ptr(),
@@ -163,6 +168,7 @@ class CppBlocks:
                 f"block_kernel=cpp cannot train this model: {reason}; use block_kernel=torch"
             )
         self.dtype = dtype
+        self.piece = PIECE_TOKENS if model.config.hidden_size <= NARROW else WIDE_PIECE_TOKENS
         self._library = library()
         self._gap = int(self._library.hrm_block_gap())
         blocks = [cast(Block, block) for stack in _stacks(model) for block in stack.layers]
@@ -178,7 +184,7 @@ class CppBlocks:
 
     def rows(self, layout: RowLayout) -> RowsPlan:
         """What takes the place of the attention plan of a micro-batch."""
-        return RowsPlan(layout)
+        return RowsPlan(layout, self.piece)
 
     def __call__(self, block: nn.Module, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         """As the module's `forward`: (T, D) -> (T, D), or (S, D) of the selected tokens."""

@@ -13,7 +13,7 @@ from hrmtext.runtime.log import logger
 from hrmtext.runtime.native import compiler
 from hrmtext.train.cpp.blocks import CppBlocks, why_not
 
-WIDEST = 512
+WIDEST = 768
 """Hidden size up to which `auto` takes the kernel: wider products are torch's own strength."""
 LONGEST = 1_024
 """Tokens of a row up to which it does: the kernel holds all scores of a row and head."""
