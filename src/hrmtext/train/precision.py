@@ -144,4 +144,8 @@ def _with_rounded_stacks(master: HrmLM, dtype: torch.dtype) -> HrmLM:
         if name != "embed_tokens":
             child.to(dtype)
     module.model.embed_tokens.register_forward_hook(lambda _, __, looked_up: looked_up.to(dtype))
+    # The loss takes the head's weight; who calls the module itself gets logits in its format.
+    module.lm_head.register_forward_pre_hook(
+        lambda head, inputs: tuple(state.to(head.weight.dtype) for state in inputs)
+    )
     return module

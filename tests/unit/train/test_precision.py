@@ -9,7 +9,7 @@ from test_loss import CONFIG, CPU, step_batch
 
 from hrmtext.config.model import preset
 from hrmtext.errors import ConfigError, NonFiniteError
-from hrmtext.model import build_model
+from hrmtext.model import build_model, make_plan
 from hrmtext.model.depth import Depth
 from hrmtext.runtime.native import compiler
 from hrmtext.train.loss import Microbatch, forward_loss
@@ -97,6 +97,18 @@ def test_few_of_many_rows_looked_up_change_nothing_but_the_memory(dtype, monkeyp
         table[4] = torch.nan  # a row that is looked up
     with pytest.raises(NonFiniteError, match=r"model\.embed_tokens\.weight"):
         step.run(batch, depth=Depth.from_bp_steps(CONFIG, 5), lr=0.01, step=4)
+
+
+def test_the_rounded_module_is_called_like_any_other():
+    compute = make_step(torch.bfloat16).compute
+    packed = step_batch(random_rows(4), 4).bins[0]
+    logits = {}
+    for module, dtype in ((compute.master, torch.float32), (compute.module, torch.bfloat16)):
+        plan = make_plan(packed.layout, device=CPU, dtype=dtype)
+        logits[dtype] = module(packed.tokens, packed.positions, plan).logits
+    assert logits[torch.bfloat16].dtype == torch.float32
+    error = (logits[torch.bfloat16] - logits[torch.float32]).abs().max()
+    assert 0 < error < 0.02 * logits[torch.float32].abs().max()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
