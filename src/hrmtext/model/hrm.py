@@ -6,7 +6,7 @@ Letters: T tokens of a packed stream, D hidden size, V vocabulary, S selected to
 from __future__ import annotations
 
 import dataclasses
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -69,6 +69,23 @@ class Stacks(Protocol):
     z_L_init: torch.Tensor
 
 
+@runtime_checkable
+class RecurrenceCall(Protocol):
+    """A `BlockCall` that, given to `recur`, computes all calls of the stacks at once."""
+
+    def recur(
+        self,
+        depth: Depth,
+        z_H: torch.Tensor,
+        z_L: torch.Tensor,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        plan: AttentionPlan,
+        select: torch.Tensor | None,
+    ) -> list[torch.Tensor]:
+        """What `recur` returns; `z_H`, `z_L`: (T, D), the states at the start."""
+
+
 def recur(
     stacks: Stacks,
     config: ModelConfig,
@@ -98,6 +115,8 @@ def recur(
     z_L = stacks.z_L_init.to(z_H).expand_as(z_H)  # (T, D)
     L_module = stacks.H_module if config.shared_stack else stacks.L_module
     cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, z_H.dtype)
+    if isinstance(call_block, RecurrenceCall):
+        return call_block.recur(depth, z_H, z_L, cos, sin, plan, select)
     flags = iter(depth.carries_gradient)
     grad_enabled = torch.is_grad_enabled()
     states = []

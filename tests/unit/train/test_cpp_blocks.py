@@ -173,7 +173,7 @@ def test_weights_are_packed_anew_as_they_are_read(dtype):
             block.mlp.gate_up_proj.weight += change
         blocks.pack()
         found = blocks._packed[id(block)]._memory
-        for name, linear in zip(blocks_module._WEIGHTS, blocks_module._linears(block), strict=True):
+        for name, linear in zip(blocks_module._WEIGHTS, blocks_module.linears_of(block), strict=True):
             weight = linear.weight.detach()
             expected = (alternate if name == "gate_up" else pack_columns)(weight, **how)
             assert torch.equal(found[name], expected.flatten()), name

@@ -102,7 +102,7 @@ def _cache_folder() -> Path:
 
 def _key(source: Path, path: str) -> str:
     version = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-    files = [source, *sorted(HEADERS.glob("*.h"))]
+    files = [source, *sorted(source.parent.glob("*.h")), *sorted(HEADERS.glob("*.h"))]
     texts = (file.read_text() for file in files)
     parts = (*texts, *FLAGS, version.stdout, platform.machine(), _instructions())
     return hashlib.blake2b("\0".join(parts).encode(), digest_size=10).hexdigest()

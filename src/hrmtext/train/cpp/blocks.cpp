@@ -1,387 +1,17 @@
-// A block of an HRM on a CPU, forward and backward, over packed rows in fp32; its products with weights
-// and their gradients may multiply in bf16, and add in fp32. SwiGLU's inputs are kept in that format.
-//
-// Letters: T tokens of the stream, S those whose output is wanted, R rows, D hidden size, N heads,
-// K head width, A = N * K, M SwiGLU width, W tokens of a row.
-//
-// Threads take whole rows and share nothing that is written but the sum of the weights' gradients.
-// Weights come packed, as products.h says; for gradients of inputs also transposed and packed.
+// What Python calls: a block, the norm at a stack's exit, and a whole recurrence, each forward and backward.
 
-#include <algorithm>
-#include <cstdint>
-#include <vector>
+#include "block.h"
+#include "recurrence.h"
 
-#include "arena.h"
-#include "attention.h"
-#include "norms.h"
-#include "pack.h"
-#include "products.h"
-#include "threads.h"
-#include "vectors.h"
-
-extern "C" {
-
-struct Block {
-    int64_t hidden, heads, head_dim, mlp;
-    int64_t bf16;  // packed weights are bf16 pairs, else fp32
-    float eps;
-    void *gqkv, *o, *gate_up, *down;  // packed; gate_up alternates blocks of gate and of up
-    void *gqkv_t, *o_t, *gate_up_t, *down_t;  // transposed, packed; gate_up in its order
-};
-
-struct Rows {
-    int64_t tokens, outputs, rows, longest, threads;
-    int64_t piece;      // tokens that a thread takes through the block at a time, at least a row
-    int64_t first_row;  // of the first thread; rows go round, the last is followed by row 0
-    const int64_t* starts;   // (R + 1) in the stream; behind the last is padding, which passes through
-    const int64_t* visible;  // (T) first position of its row that a token does not see
-    const int64_t* select;   // (S) tokens whose output is wanted, ascending; null: all
-    const int64_t* bounds;   // (threads + 1) rows of each thread, counted from `first_row`
-    const float *cos, *sin;  // (T, K); the first half of the sines is negated
-};
-
-// For the backward pass; all null where none will come.
-struct Saved {
-    float* gqkv;      // (T, 4A + GAP): gate, queries and keys as they were rotated, values
-    float* attended;  // (T, A + GAP), before the gate; from each row's first output on
-    float* logsum;    // (T, N) of the scores; likewise
-    float* middle;    // (S, D + GAP), behind attention
-    void* gate_up;    // (S, 2M + GAP), in the format of the products' inputs
-};
-
-struct Gradients {
-    float *gqkv, *o, *gate_up, *down;  // as the weights, (outputs, inputs), one behind the other
-};
-
-int64_t hrm_block_lanes() { return LANES; }
-int64_t hrm_block_has_bf16() { return HAS_BF16; }
-}
-
-namespace {
-
-// Between rows: widths are mostly multiples of a large power of two, which would put what is read
-// together into a few sets of the cache.
-constexpr int64_t GAP = 16;
-
-// What a product takes of rows in fp32: the same, or rounded into `into`.
-const float* operand(const float* x, int64_t, int64_t, int64_t, float*) { return x; }
-#if defined(__AVX512BF16__)
-const Bf16* operand(const float* x, int64_t stride, int64_t rows, int64_t columns, Bf16* into) {
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t i = 0; i < columns; i += LANES)
-            put(into + row * stride + i, load(x + row * stride + i));
-    return into;
-}
-#endif
-
-// A thread's rows on their way through a block, some at a time: what is between the products of some
-// stays near. `E`: the format of the products' inputs, float or Bf16.
-template <class E>
-class Worker {
-  public:
-    Worker(const Block& block, const Rows& rows, const Saved& saved, bool is_backward, Arena arena)
-        : b(block), r(rows), s(saved), A(block.heads * block.head_dim), K(block.head_dim),
-          D(block.hidden), M(block.mlp), wide(4 * A + GAP), attn(A + GAP), flow(D + GAP),
-          both(2 * M + GAP), inner(M + GAP), attention(K, rows.longest, is_backward, arena) {
-        const int64_t most = std::max(r.longest, r.piece);  // tokens at a time
-        normed = arena.take<E>(most * flow);
-        gated = arena.take<E>(most * attn);
-        act = arena.take<E>(r.piece * inner);
-        if (!s.gqkv) {
-            own_gqkv = arena.take<float>(most * wide);
-            own_attended = arena.take<float>(most * attn);
-            own_middle = arena.take<float>(most * flow);
-        }
-        if (is_backward) {
-            d_gate_up = arena.take<E>(r.piece * both);
-            rounded = arena.take<E>(most * std::max(wide, flow));
-            d_normed = arena.take<float>(most * flow);
-            d_middle = arena.take<float>(most * flow);
-            d_attended = arena.take<float>(most * attn);
-            d_gqkv = arena.take<float>(most * wide);
-            weights = arena.take<float>(weight_count(b));
-            scratch = arena.take<float>(crossed_scratch(std::max({D, A, M})));
-        }
-        used = arena.used();
-    }
-
-    static int64_t weight_count(const Block& b) {
-        return b.hidden * (5 * b.heads * b.head_dim + 3 * b.mlp);
-    }
-
-    void forward(int64_t thread, const float* x, float* y) {
-        in_pieces(thread, [&] { forward_piece(x + first * D, y + first_output * D); });
-    }
-
-    // Gradients of the weights by this thread's rows, if it has any, are put into `d`.
-    void backward(int64_t thread, const float* x, const float* d_y, float* d_x, const Gradients& d) {
-        bool adds = false;
-        in_pieces(thread, [&] {
-            backward_piece(x + first * D, d_y + first_output * D, d_x + first * D, d, adds);
-            adds = true;
-        });
-        if (!adds) std::fill(d.gqkv, d.gqkv + weight_count(b), 0.0f);
-    }
-
-    float* weights = nullptr;  // a thread's own gradients of the weights
-    int64_t used;              // floats of a thread's memory
-
-  private:
-    // Whole rows, as many as have `piece` tokens together, or one.
-    template <class Work>
-    void in_pieces(int64_t thread, const Work& work) {
-        const int64_t all = r.bounds[thread + 1];
-        for (int64_t at = r.bounds[thread]; at < all; at += end_row - first_row) {
-            first_row = (r.first_row + at) % r.rows;
-            const int64_t last = std::min(r.rows, first_row + all - at);
-            for (end_row = first_row + 1; end_row < last; ++end_row)
-                if (r.starts[end_row + 1] - r.starts[first_row] > r.piece) break;
-            first = r.starts[first_row];
-            count = r.starts[end_row] - first;
-            first_output = outputs_before(first);
-            outputs = outputs_before(first + count) - first_output;
-            gqkv = s.gqkv ? s.gqkv + first * wide : own_gqkv;
-            attended = s.gqkv ? s.attended + first * attn : own_attended;
-            middle = s.gqkv ? s.middle + first_output * flow : own_middle;
-            gate_up = s.gqkv ? static_cast<E*>(s.gate_up) + first_output * both : nullptr;
-            work();
-        }
-    }
-
-    int64_t outputs_before(int64_t token) const {
-        return r.select ? std::lower_bound(r.select, r.select + r.outputs, token) - r.select : token;
-    }
-
-    // The token of an output; both are counted from the piece's first.
-    int64_t token(int64_t output) const {
-        return r.select ? r.select[first_output + output] - first : output;
-    }
-
-    void forward_piece(const float* x, float* y) {
-        norm_rows(x, D, count);
-        product(weight(b.gqkv), normed, flow, D, count, blocks(4 * A), Put{gqkv, wide});
-        rotate_all(gqkv, false);
-        for (int64_t row = first_row; row < end_row; ++row)
-            for (int64_t n = 0; n < b.heads; ++n) attention.forward(head(row, n));
-        gate_outputs();
-        product(weight(b.o), gated, attn, A, outputs, blocks(D),
-                [&](int64_t row, int64_t at, Vec left, Vec right) {
-                    at *= LANES;
-                    const float* from = x + token(row) * D + at;
-                    store(middle + row * flow + at, load(from) + left);
-                    store(middle + row * flow + at + LANES, load(from + LANES) + right);
-                });
-        // A long row goes through the rest in pieces too.
-        for (int64_t from = 0; from < outputs; from += r.piece)
-            feed_forward(from, std::min(r.piece, outputs - from), y + from * D);
-    }
-
-    // The SwiGLU of some outputs.
-    void feed_forward(int64_t from, int64_t rows, float* y) {
-        const float* x = middle + from * flow;
-        E* kept = gate_up ? gate_up + from * both : nullptr;
-        norm_rows(x, flow, rows);
-        product(weight(b.gate_up), normed, flow, D, rows, blocks(2 * M),
-                [&](int64_t row, int64_t at, Vec gate, Vec up) {
-                    at = at / 2 * LANES;
-                    put(act + row * inner + at, gate * sigmoid(gate) * up);
-                    if (!kept) return;
-                    put(kept + row * both + at, gate);
-                    put(kept + row * both + M + at, up);
-                });
-        product(weight(b.down), act, inner, M, rows, blocks(D),
-                [&](int64_t row, int64_t at, Vec left, Vec right) {
-                    at *= LANES;
-                    store(y + row * D + at, load(x + row * flow + at) + left);
-                    store(y + row * D + at + LANES, load(x + row * flow + at + LANES) + right);
-                });
-    }
-
-    void backward_piece(const float* x, const float* d_y, float* d_x, const Gradients& d, bool adds) {
-        for (int64_t from = 0; from == 0 || from < outputs; from += r.piece)
-            feed_forward_backward(from, std::min(r.piece, outputs - from), d_y + from * D, d,
-                                  adds || from > 0);
-        gate_outputs();
-        const E* d_sum = operand(d_middle, flow, outputs, D, rounded);
-        crossed_product(d_sum, flow, gated, attn, outputs, D, A, d.o, A, adds, scratch);
-        if (r.select)  // the others get nothing through gate and attention
-            for (int64_t t = 0; t < count; ++t) {
-                std::fill(d_attended + t * attn, d_attended + t * attn + A, 0.0f);
-                std::fill(d_gqkv + t * wide, d_gqkv + t * wide + 2 * A, 0.0f);
-            }
-        auto through_output = [&](int64_t row, int64_t at, Vec d_gated) {
-            const int64_t t = token(row);
-            const Vec open = sigmoid(load(gqkv + t * wide + at));
-            store(d_attended + t * attn + at, d_gated * open);
-            store(d_gqkv + t * wide + at,
-                  d_gated * load(attended + t * attn + at) * open * (spread(1.0f) - open));
-        };
-        product(weight(b.o_t), d_sum, flow, D, outputs, blocks(A),
-                [&](int64_t row, int64_t at, Vec left, Vec right) {
-                    through_output(row, at * LANES, left);
-                    through_output(row, at * LANES + LANES, right);
-                });
-        for (int64_t row = first_row; row < end_row; ++row)
-            for (int64_t n = 0; n < b.heads; ++n) {
-                const int64_t from = r.starts[row] - first;
-                float* d_q = d_gqkv + from * wide + A + n * K;  // keys and values are A apart
-                attention.backward(head(row, n), {d_attended + from * attn + n * K, attn, d_q,
-                                                  d_q + A, d_q + 2 * A, wide});
-            }
-        rotate_all(d_gqkv, true);
-        norm_rows(x, D, count);
-        const E* d_projected = operand(d_gqkv, wide, count, 4 * A, rounded);
-        crossed_product(d_projected, wide, normed, flow, count, 4 * A, D, d.gqkv, D, adds, scratch);
-        product(weight(b.gqkv_t), d_projected, wide, 4 * A, count, blocks(D), Put{d_normed, flow});
-        for (int64_t t = 0; t < count; ++t)
-            norm_backward(x + t * D, d_normed + t * flow, d_x + t * D, D, b.eps);
-        for (int64_t row = 0; row < outputs; ++row) {
-            float* to = d_x + token(row) * D;
-            for (int64_t i = 0; i < D; i += LANES)
-                store(to + i, load(to + i) + load(d_middle + row * flow + i));
-        }
-    }
-
-    // Its backward pass: `d_middle` of those outputs, and the gradients of its weights.
-    void feed_forward_backward(int64_t from, int64_t rows, const float* d_y, const Gradients& d,
-                               bool adds) {
-        const float* x = middle + from * flow;
-        const E* kept = gate_up + from * both;
-        auto through_gate = [&](int64_t row, int64_t at, Vec d_act) {
-            const Vec gate = get(kept + row * both + at);
-            const Vec up = get(kept + row * both + M + at);
-            const Vec open = sigmoid(gate), silu = gate * open;
-            put(act + row * inner + at, silu * up);
-            put(d_gate_up + row * both + at,
-                d_act * up * open * (spread(1.0f) + gate * (spread(1.0f) - open)));
-            put(d_gate_up + row * both + M + at, d_act * silu);
-        };
-        const E* d_out = operand(d_y, D, rows, D, rounded);
-        product(weight(b.down_t), d_out, D, D, rows, blocks(M),
-                [&](int64_t row, int64_t at, Vec left, Vec right) {
-                    through_gate(row, at * LANES, left);
-                    through_gate(row, at * LANES + LANES, right);
-                });
-        crossed_product(d_out, D, act, inner, rows, D, M, d.down, M, adds, scratch);
-        norm_rows(x, flow, rows);
-        crossed_product(d_gate_up, both, normed, flow, rows, 2 * M, D, d.gate_up, D, adds,
-                        scratch);
-        product(weight(b.gate_up_t), d_gate_up, both, 2 * M, rows, blocks(D),
-                Put{d_normed, flow});
-        for (int64_t row = 0; row < rows; ++row) {
-            float* here = d_middle + (from + row) * flow;
-            norm_backward(x + row * flow, d_normed + row * flow, here, D, b.eps);
-            for (int64_t i = 0; i < D; i += LANES)
-                store(here + i, load(here + i) + load(d_y + row * D + i));
-        }
-    }
-
-    static const E* weight(const void* packed) { return static_cast<const E*>(packed); }
-
-    void norm_rows(const float* x, int64_t stride, int64_t rows) {
-        for (int64_t row = 0; row < rows; ++row) {
-            const float* here = x + row * stride;
-            const float factor = norm_factor(here, D, b.eps);
-            for (int64_t i = 0; i < D; i += LANES)
-                put(normed + row * flow + i, load(here + i) * factor);
-        }
-    }
-
-    // Queries and keys in (T, 4A); `back` turns the other way.
-    void rotate_all(float* projected, bool back) const {
-        for (int64_t t = 0; t < count; ++t)
-            for (int64_t n = 0; n < 2 * b.heads; ++n)
-                rotate(projected + t * wide + A + n * K, first + t, back);
-    }
-
-    // Both halves of x, a head's width, by the tables of a token.
-    void rotate(float* x, int64_t at, bool back) const {
-        const int64_t half = K / 2;
-        const float *cos = r.cos + at * K, *sin = r.sin + at * K;
-        const float *left_sin = sin + (back ? half : 0), *right_sin = sin + (back ? 0 : half);
-        int64_t i = 0;
-        for (; i + LANES <= half; i += LANES) {
-            const Vec left = load(x + i), right = load(x + half + i);
-            store(x + i, left * load(cos + i) + right * load(left_sin + i));
-            store(x + half + i, right * load(cos + half + i) + left * load(right_sin + i));
-        }
-        for (; i < half; ++i) {
-            const float left = x[i], right = x[half + i];
-            x[i] = left * cos[i] + right * left_sin[i];
-            x[half + i] = right * cos[half + i] + left * right_sin[i];
-        }
-    }
-
-    // sigmoid(gate) * attended of the piece's outputs.
-    void gate_outputs() {
-        for (int64_t row = 0; row < outputs; ++row) {
-            const int64_t t = token(row);
-            for (int64_t i = 0; i < A; i += LANES)
-                put(gated + row * attn + i,
-                    sigmoid(load(gqkv + t * wide + i)) * load(attended + t * attn + i));
-        }
-    }
-
-    Head head(int64_t row, int64_t n) const {
-        const int64_t start = r.starts[row], end = r.starts[row + 1], from = start - first;
-        const float* q = gqkv + from * wide + A + n * K;  // keys and values are A apart
-        int64_t wanted = start;  // the first token that gives an output
-        if (r.select) {
-            const int64_t output = outputs_before(start);
-            wanted = output < outputs_before(end) ? r.select[output] : end;
-        }
-        float* logsum = s.gqkv ? s.logsum + start * b.heads + n : nullptr;
-        return {end - start, wanted - start, r.visible + start, q, q + A, q + 2 * A, wide,
-                attended + from * attn + n * K, attn, logsum, b.heads};
-    }
-
-    const Block& b;
-    const Rows& r;
-    const Saved& s;
-    const int64_t A, K, D, M;
-    const int64_t wide, attn, flow, both, inner;  // from a row to the next
-    RowAttention attention;
-    E *normed, *gated, *act, *d_gate_up = nullptr, *rounded = nullptr;
-    float *own_gqkv = nullptr, *own_attended = nullptr, *own_middle = nullptr;
-    float *d_normed = nullptr, *d_middle = nullptr, *d_attended = nullptr, *d_gqkv = nullptr;
-    float* scratch = nullptr;
-
-    // Of the piece: its rows, tokens and outputs, and where its values are.
-    int64_t first_row, end_row, first, count, first_output, outputs;
-    float *gqkv, *attended, *middle;
-    E* gate_up;
-};
-
-// The parts of a buffer that holds one gradient of each weight.
-Gradients inside(const Block& b, float* memory) {
-    const int64_t A = b.heads * b.head_dim;
-    Gradients d;
-    d.gqkv = memory;
-    d.o = d.gqkv + 4 * A * b.hidden;
-    d.gate_up = d.o + A * b.hidden;
-    d.down = d.gate_up + 2 * b.mlp * b.hidden;
-    return d;
-}
-
-// Calls work with a number of the products' format.
-template <class Work>
-void in_format([[maybe_unused]] const Block& b, const Work& work) {
-#if defined(__AVX512BF16__)
-    if (b.bf16) return work(Bf16{});
-#endif
-    work(float{});
-}
-
-}  // namespace
-
+extern "C" int64_t hrm_block_lanes() { return LANES; }
+extern "C" int64_t hrm_block_has_bf16() { return HAS_BF16; }
 extern "C" int64_t hrm_block_gap() { return GAP; }
 
 // Floats of workspace that each thread needs.
-extern "C" int64_t hrm_block_workspace(const Block* block, const Rows* rows, const Saved* saved,
-                                       int64_t is_backward) {
+extern "C" int64_t hrm_block_workspace(const Block* block, const Rows* rows, int64_t is_backward) {
     int64_t used = 0;
     in_format(*block, [&](auto format) {
-        used = Worker<decltype(format)>(*block, *rows, *saved, is_backward != 0, Arena(nullptr)).used;
+        used = Worker<decltype(format)>(*block, *rows, is_backward != 0, Arena(nullptr)).used;
     });
     return used;
 }
@@ -431,8 +61,9 @@ extern "C" void hrm_block_forward(const Block* block, const Rows* rows, const Sa
                                   const float* x, float* y, float* workspace, int64_t own) {
     on_threads(rows->threads, [&](int64_t thread) {
         in_format(*block, [&](auto format) {
-            const Arena arena(workspace + thread * own);
-            Worker<decltype(format)>(*block, *rows, *saved, false, arena).forward(thread, x, y);
+            Worker<decltype(format)> worker(*block, *rows, false, Arena(workspace + thread * own));
+            worker.take(*block, *rows, *saved);
+            worker.forward(thread, x, y, nothing, nothing);
         });
     });
     if (rows->select) return;
@@ -444,23 +75,38 @@ extern "C" void hrm_block_forward(const Block* block, const Rows* rows, const Sa
 extern "C" void hrm_block_backward(const Block* block, const Rows* rows, const Saved* saved,
                                    const float* x, const float* d_y, float* d_x, float* weights,
                                    float* workspace, int64_t own) {
-    const int64_t threads = rows->threads, total = Worker<float>::weight_count(*block);
-    Barrier barrier{int(threads)};
-    std::vector<const float*> parts(static_cast<size_t>(threads));
-    on_threads(threads, [&](int64_t thread) {
+    Sums sums(rows->threads);
+    on_threads(rows->threads, [&](int64_t thread) {
         in_format(*block, [&](auto format) {
-            const Arena arena(workspace + thread * own);
-            Worker<decltype(format)> worker(*block, *rows, *saved, true, arena);
-            float* sums = thread == 0 ? weights : worker.weights;
-            parts[size_t(thread)] = sums;
-            worker.backward(thread, x, d_y, d_x, inside(*block, sums));
+            Worker<decltype(format)> worker(*block, *rows, true, Arena(workspace + thread * own));
+            worker.take(*block, *rows, *saved);
+            worker.backward(thread, x, d_y, d_x, nothing, nothing);
+            sums.collect(thread, worker.weights, worker.weight_count(*block), weights, false);
         });
-        barrier.wait();
-        const Range mine = part(total, thread, threads);
-        for (int64_t other = 1; other < threads; ++other)
-            for (int64_t i = mine.begin; i < mine.end; ++i) weights[i] += parts[size_t(other)][i];
     });
     const int64_t used = rows->starts[rows->rows] * block->hidden, all = rows->tokens * block->hidden;
     if (rows->select) std::fill(d_x + used, d_x + all, 0.0f);
     else std::copy(d_y + used, d_y + all, d_x + used);
+}
+
+// A recurrence's calls of its stacks: see recurrence.h.
+extern "C" void hrm_recurrence_forward(const Recurrence* recurrence, const Call* calls,
+                                       float* workspace, int64_t own) {
+    on_threads(recurrence->rows->threads, [&](int64_t thread) {
+        in_format(recurrence->blocks[0], [&](auto format) {
+            const Arena arena(workspace + thread * own);
+            Walk<decltype(format)>(*recurrence, calls, thread, false, arena).forward();
+        });
+    });
+}
+
+extern "C" void hrm_recurrence_backward(const Recurrence* recurrence, const Call* calls,
+                                        float* workspace, int64_t own) {
+    Sums sums(recurrence->rows->threads);
+    on_threads(recurrence->rows->threads, [&](int64_t thread) {
+        in_format(recurrence->blocks[0], [&](auto format) {
+            const Arena arena(workspace + thread * own);
+            Walk<decltype(format)>(*recurrence, calls, thread, true, arena).backward(sums);
+        });
+    });
 }

@@ -37,7 +37,7 @@ _WEIGHTS = ("gqkv", "o", "gate_up", "down")
 _I, _P = ctypes.c_int64, ctypes.c_void_p
 
 
-class _Block(ctypes.Structure):
+class CBlock(ctypes.Structure):
     _fields_ = [
         *((name, _I) for name in ("hidden", "heads", "head_dim", "mlp", "bf16")),
         ("eps", ctypes.c_float),
@@ -46,7 +46,7 @@ class _Block(ctypes.Structure):
     ]
 
 
-class _Rows(ctypes.Structure):
+class CRows(ctypes.Structure):
     _fields_ = [
         *(
             (name, _I)
@@ -57,7 +57,7 @@ class _Rows(ctypes.Structure):
     ]
 
 
-class _Saved(ctypes.Structure):
+class CSaved(ctypes.Structure):
     _fields_ = [(name, _P) for name in ("gqkv", "attended", "logsum", "middle", "gate_up")]
 
 
@@ -67,8 +67,10 @@ def library() -> ctypes.CDLL:
     loaded = load_kernel(Path(__file__).with_suffix(".cpp"), "block_kernel=cpp")
     for name in ("lanes", "has_bf16", "gap", "workspace"):
         getattr(loaded, f"hrm_block_{name}").restype = _I
-    for name in ("block_pack", "block_forward", "block_backward", "norm_forward", "norm_backward"):
-        getattr(loaded, f"hrm_{name}").restype = None
+    loaded.hrm_block_pack.restype = None
+    for name in ("block", "norm", "recurrence"):
+        getattr(loaded, f"hrm_{name}_forward").restype = None
+        getattr(loaded, f"hrm_{name}_backward").restype = None
     return loaded
 
 
@@ -85,7 +87,7 @@ def why_not(model: HrmLM, dtype: torch.dtype = torch.float32) -> str | None:
         return f"its products are in fp32 or bf16, not in {dtype}"
     for name, module in model.named_modules():
         if name.rpartition(".")[0].endswith(".layers") and any(
-            type(part) is not nn.Linear for part in _linears(cast(Block, module))
+            type(part) is not nn.Linear for part in linears_of(cast(Block, module))
         ):
             return f"{name} has other layers than plain projections (adapters?)"
     lanes = 2 * library().hrm_block_lanes()
@@ -120,12 +122,12 @@ class RowsPlan:
 
     def view(
         self, cos: torch.Tensor, sin: torch.Tensor, select: torch.Tensor | None
-    ) -> tuple[_Rows, Sequence[torch.Tensor]]:
+    ) -> tuple[CRows, Sequence[torch.Tensor]]:
         """The kernel's `Rows`, and what must live as long."""
         chosen = None
         if select is not None:  # an empty tensor has no address, which would ask for all tokens
             chosen = select if len(select) else self.starts
-        rows = _Rows(
+        rows = CRows(
             tokens=self.num_tokens,
             outputs=self.num_tokens if select is None else len(select),
             rows=self.num_rows,
@@ -169,9 +171,9 @@ class CppBlocks:
             )
         self.dtype = dtype
         self.piece = PIECE_TOKENS if model.config.hidden_size <= NARROW else WIDE_PIECE_TOKENS
-        self._library = library()
-        self._gap = int(self._library.hrm_block_gap())
-        blocks = [cast(Block, block) for stack in _stacks(model) for block in stack.layers]
+        self.library = library()
+        self._gap = int(self.library.hrm_block_gap())
+        blocks = [cast(Block, block) for stack in stacks_of(model) for block in stack.layers]
         self._packed = {id(block): _Packed(block, dtype) for block in blocks}
         self._workspace = torch.empty(0)
         self._free: list[torch.Tensor] = []
@@ -180,7 +182,7 @@ class CppBlocks:
     def pack(self) -> None:
         """Take the weights as they are now."""
         for packed in self._packed.values():
-            packed.take(self._library)
+            packed.take(self.library)
 
     def rows(self, layout: RowLayout) -> RowsPlan:
         """What takes the place of the attention plan of a micro-batch."""
@@ -189,7 +191,7 @@ class CppBlocks:
     def __call__(self, block: nn.Module, x: torch.Tensor, *arguments: Any) -> torch.Tensor:
         """As the module's `forward`: (T, D) -> (T, D), or (S, D) of the selected tokens."""
         if isinstance(block, ExitNorm):
-            return _NormFunction.apply(x.contiguous(), self._library, block.eps)
+            return _NormFunction.apply(x.contiguous(), self.library, block.eps)
         return self._block(block, x, *arguments)
 
     def _block(
@@ -206,28 +208,28 @@ class CppBlocks:
         x, view = x.contiguous(), plan.view(cos.contiguous(), sin.contiguous(), select)
         if not torch.is_grad_enabled():
             return self.forward(id(block), view, x, with_backward=False)[0]
-        weights = [linear.weight for linear in _linears(cast(Block, block))]
+        weights = [linear.weight for linear in linears_of(cast(Block, block))]
         return _BlockFunction.apply(x, self, id(block), view, *weights)
 
     def forward(
         self,
         key: int,
-        view: tuple[_Rows, Sequence[torch.Tensor]],
+        view: tuple[CRows, Sequence[torch.Tensor]],
         x: torch.Tensor,
         *,
         with_backward: bool = True,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The block's output, and what its backward pass needs: give it back to `free`."""
         block, rows = self._packed[key].block, view[0]
-        saved = self._take(sum(self._sizes(block, rows))) if with_backward else None
-        pointers = _Saved() if saved is None else self._saved(block, rows, saved)
+        saved = self.take(sum(self.saved_sizes(block, rows))) if with_backward else None
+        pointers = CSaved() if saved is None else self._saved(block, rows, saved)
         y = torch.empty(rows.outputs, block.hidden)
         structs = [ctypes.byref(each) for each in (block, rows, pointers)]
-        self._library.hrm_block_forward(
+        self.library.hrm_block_forward(
             *structs,
             _P(x.data_ptr()),
             _P(y.data_ptr()),
-            *self._memory(structs, rows.threads, False),
+            *self.workspace(block, rows, is_backward=False),
         )
         return y, saved
 
@@ -236,14 +238,16 @@ class CppBlocks:
         if len(self._free) < MOST_FREE:
             self._free.append(saved)
 
-    def _take(self, size: int) -> torch.Tensor:
+    def take(self, size: int) -> torch.Tensor:
+        """Memory of at least so many floats."""
         while self._free:
             memory = self._free.pop()
             if memory.numel() >= size:
                 return memory
         return torch.empty(size + size // 16)  # micro-batches differ by a little
 
-    def _sizes(self, block: _Block, rows: _Rows) -> list[int]:
+    def saved_sizes(self, block: CBlock, rows: CRows) -> list[int]:
+        """Floats of each part that `CSaved` points to."""
         size, gap = block.heads * block.head_dim, self._gap
         return [
             rows.tokens * (4 * size + gap),
@@ -253,39 +257,35 @@ class CppBlocks:
             rows.outputs * (2 * block.mlp + gap) // (2 if block.bf16 else 1),
         ]
 
-    def _saved(self, block: _Block, rows: _Rows, memory: torch.Tensor) -> _Saved:
-        offsets = itertools.accumulate(self._sizes(block, rows), initial=0)
+    def _saved(self, block: CBlock, rows: CRows, memory: torch.Tensor) -> CSaved:
+        offsets = itertools.accumulate(self.saved_sizes(block, rows), initial=0)
         pointers = [memory.data_ptr() + 4 * offset for offset in offsets]
-        return _Saved(*pointers[:-1])
+        return CSaved(*pointers[:-1])
 
     def backward(
         self,
         key: int,
-        view: tuple[_Rows, Sequence[torch.Tensor]],
+        view: tuple[CRows, Sequence[torch.Tensor]],
         x: torch.Tensor,
         saved: torch.Tensor,
         d_y: torch.Tensor,
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Gradients of the input and of the four weights."""
-        block, rows = self._packed[key].block, view[0]
-        size, d_y = block.heads * block.head_dim, d_y.contiguous()
-        shapes = ((4 * size, block.hidden), (block.hidden, size),
-                  (2 * block.mlp, block.hidden), (block.hidden, block.mlp))  # fmt: skip
-        sizes = [a * b for a, b in shapes]
-        d_x, flat = torch.empty_like(x), torch.empty(sum(sizes))
+        block, rows, d_y = self._packed[key].block, view[0], d_y.contiguous()
+        d_x, d_weights = torch.empty_like(x), empty_gradients(block)
         structs = [ctypes.byref(each) for each in (block, rows, self._saved(block, rows, saved))]
-        pointers = (_P(tensor.data_ptr()) for tensor in (x, d_y, d_x, flat))
-        self._library.hrm_block_backward(
-            *structs, *pointers, *self._memory(structs, rows.threads, True)
+        pointers = (_P(tensor.data_ptr()) for tensor in (x, d_y, d_x, d_weights[0]))
+        self.library.hrm_block_backward(
+            *structs, *pointers, *self.workspace(block, rows, is_backward=True)
         )
-        parts = flat.split(sizes)
-        return d_x, [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+        return d_x, d_weights
 
-    def _memory(self, structs: list[Any], threads: int, is_backward: bool) -> tuple[Any, ...]:
+    def workspace(self, block: CBlock, rows: CRows, *, is_backward: bool) -> tuple[Any, ...]:
         """Workspace, and the floats of it that each thread has."""
-        own = int(self._library.hrm_block_workspace(*structs, _I(is_backward)))
-        if self._workspace.numel() < threads * own:
-            self._workspace = torch.empty(threads * own)
+        sizes = (ctypes.byref(block), ctypes.byref(rows), _I(is_backward))
+        own = int(self.library.hrm_block_workspace(*sizes))
+        if self._workspace.numel() < rows.threads * own:
+            self._workspace = torch.empty(rows.threads * own)
         return _P(self._workspace.data_ptr()), _I(own)
 
 
@@ -293,13 +293,13 @@ class _Packed:
     """A block's weights as the kernel reads them."""
 
     def __init__(self, block: Block, dtype: torch.dtype) -> None:
-        self._weights = dict(zip(_WEIGHTS, (m.weight for m in _linears(block)), strict=True))
+        self._weights = dict(zip(_WEIGHTS, (m.weight for m in linears_of(block)), strict=True))
         self._memory = {
             name + suffix: torch.empty(weight.numel(), dtype=dtype)
             for name, weight in self._weights.items()
             for suffix in ("", "_t")
         }
-        self.block = _Block(
+        self.block = CBlock(
             hidden=self._weights["o"].shape[0],
             heads=self._weights["o"].shape[1] // block.attn.head_dim,
             head_dim=block.attn.head_dim,
@@ -347,7 +347,7 @@ class _BlockFunction(torch.autograd.Function):
         x: torch.Tensor,
         blocks: CppBlocks,
         key: int,
-        view: tuple[_Rows, Sequence[torch.Tensor]],
+        view: tuple[CRows, Sequence[torch.Tensor]],
         *weights: torch.Tensor,
     ) -> torch.Tensor:
         y, saved = blocks.forward(key, view, x)
@@ -365,12 +365,24 @@ class _BlockFunction(torch.autograd.Function):
         return d_x, None, None, None, *d_weights
 
 
-def _stacks(model: HrmLM) -> list[Any]:
+def empty_gradients(block: CBlock) -> list[torch.Tensor]:
+    """Room for the gradients of a block's weights, one behind the other."""
+    size = block.heads * block.head_dim
+    shapes = ((4 * size, block.hidden), (block.hidden, size),
+              (2 * block.mlp, block.hidden), (block.hidden, block.mlp))  # fmt: skip
+    sizes = [a * b for a, b in shapes]
+    parts = torch.empty(sum(sizes)).split(sizes)
+    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+
+
+def stacks_of(model: HrmLM) -> list[Any]:
+    """The stacks of a model, H first."""
     core = model.model
     return [core.H_module] if core.config.shared_stack else [core.H_module, core.L_module]
 
 
-def _linears(block: Block) -> tuple[nn.Linear, ...]:
+def linears_of(block: Block) -> tuple[nn.Linear, ...]:
+    """The projections of a block in the kernel's order."""
     return (
         block.attn.gqkv_proj, block.attn.o_proj, block.mlp.gate_up_proj, block.mlp.down_proj
     )  # fmt: skip

@@ -12,6 +12,7 @@ from hrmtext.model.layers import rotary_tables
 from hrmtext.runtime.log import logger
 from hrmtext.runtime.native import compiler
 from hrmtext.train.cpp.blocks import CppBlocks, why_not
+from hrmtext.train.cpp.recurrence import CppRecurrence
 
 WIDEST = 768
 """Hidden size up to which `auto` takes the kernel: wider products are torch's own strength."""
@@ -45,7 +46,7 @@ def choose_blocks(
             if reason is not None:
                 logger.debug("block_kernel=auto: torch, as %s", reason)
                 return None
-        blocks = CppBlocks(model, dtype)
+        blocks = CppRecurrence(model, dtype)
         _probe(blocks, model)
     except BackendError as error:  # the machine's compiler, or its arithmetic, is unfit
         if config.block_kernel == "cpp":
