@@ -85,6 +85,11 @@ def largest(tensor):
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
 
+def spread(tensor):
+    """Root of the mean square."""
+    return float(tensor.double().square().mean().sqrt()) if tensor.numel() else 0.0
+
+
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("changes", SHAPES, ids=lambda changes: "-".join(changes) or "test")
 def test_output_and_every_gradient_are_the_modules_within_the_error_of_its_format(changes, dtype):
@@ -105,10 +110,15 @@ def test_output_and_every_gradient_are_the_modules_within_the_error_of_its_forma
                 found = gradients(model, batch, rows, None, select, blocks)
             assert found.keys() == plain.keys() == expected.keys()
             for name, value in expected.items():
-                # The kernel in bf16 keeps in fp32 what the module rounds: it is nearer.
-                share = 4 if dtype == torch.float32 else 1
-                budget = share * largest(plain[name] - value) + 2e-6 * largest(value)
+                rounding = 2e-6 * largest(value)
+                budget = 4 * largest(plain[name] - value) + rounding
                 assert largest(found[name] - value) <= budget, (name, threads)
+                if dtype == torch.float32:
+                    continue
+                # In bf16 the kernel keeps in fp32 what the module rounds: it is nearer, though not
+                # in every single number.
+                budget = 0.75 * spread(plain[name] - value) + rounding
+                assert spread(found[name] - value) <= budget, (name, threads)
 
 
 @pytest.mark.parametrize("piece", [1, 30, 70])

@@ -124,9 +124,9 @@ class RowAttention {
 
     // Keys or values with tokens as columns, (W / LANES, K, LANES).
     void pack_tokens(const float* x, const Head& h, float* to) const {
-        for (int64_t j = 0; j < columns(h.width); ++j)
-            for (int64_t k = 0; k < K; ++k)
-                to[(j / LANES * K + k) * LANES + j % LANES] = j < h.width ? x[j * h.stride + k] : 0.0f;
+        for (int64_t j = 0; j < columns(h.width); j += LANES)
+            for (int64_t k = 0; k < K; k += LANES)
+                transpose(x + j * h.stride + k, h.stride, h.width - j, to + (j * K + k * LANES));
     }
 
     // The same with their dimensions as columns, (K / LANES, W, LANES).

@@ -3,15 +3,40 @@
 
 #include <cstdint>
 
+#include "products.h"
 #include "threads.h"
 #include "vectors.h"
 
-// Column l at input k of a packed block.
-inline int64_t place(float, int64_t k, int64_t l) { return k * LANES + l; }
-inline float rounded_to(float, float x) { return x; }
+// Packs LANES columns over `count` inputs, whole vectors of them: column l at input k is
+// from[l * stride + k] ...
+inline void pack_rows(const float* from, int64_t stride, int64_t count, float* to) {
+    for (int64_t k = 0; k < count; k += LANES) transpose(from + k, stride, LANES, to + k * LANES);
+}
+// ... or from[k * stride + l].
+inline void pack_columns(const float* from, int64_t stride, int64_t count, float* to) {
+    for (int64_t k = 0; k < count; ++k) store(to + k * LANES, load(from + k * stride));
+}
 #if defined(__AVX512BF16__)
-inline int64_t place(Bf16, int64_t k, int64_t l) { return (k / 2 * LANES + l) * 2 + k % 2; }
-inline Bf16 rounded_to(Bf16, float x) { return to_bf16(x); }
+// In bf16 the inputs lie in pairs, two vectors of which are a whole number.
+inline void pack_rows(const float* from, int64_t stride, int64_t count, Bf16* to) {
+    for (int64_t k = 0; k < count; k += 2 * LANES) {
+        __m512 row[16];
+        for (int l = 0; l < 16; ++l) {
+            const float* x = from + l * stride + k;
+            row[l] = (__m512)_mm512_cvtne2ps_pbh((__m512)load(x + LANES), (__m512)load(x));
+        }
+        transpose(row);
+        for (int pair = 0; pair < 16; ++pair) _mm512_storeu_ps(to + k * LANES + pair * 2 * LANES, row[pair]);
+    }
+}
+inline void pack_columns(const float* from, int64_t stride, int64_t count, Bf16* to) {
+    Bf16 two[2 * LANES];
+    for (int64_t k = 0; k < count; k += 2) {
+        put(two, load(from + k * stride));
+        put(two + LANES, load(from + (k + 1) * stride));
+        _mm512_storeu_si512(to + k * LANES, two_rows(two, LANES, false));
+    }
+}
 #endif
 
 // A thread's blocks of a packed weight (outputs, inputs), of its transpose, or of two in turn, as gate
@@ -20,15 +45,12 @@ template <class E>
 void pack(const float* weight, int64_t outputs, int64_t inputs, bool transposed, bool in_turn,
           int64_t thread, int64_t threads, void* packed) {
     const int64_t columns = transposed ? inputs : outputs, count = transposed ? outputs : inputs;
-    const int64_t along = transposed ? inputs : 1, across = transposed ? 1 : inputs;
     const int64_t blocks = columns / LANES;
     const Range mine = part(blocks, thread, threads);
     for (int64_t block = mine.begin; block < mine.end; ++block) {
         E* out = static_cast<E*>(packed) + block * LANES * count;
-        const int64_t from = in_turn ? block / 2 + block % 2 * (blocks / 2) : block;
-        const float* w = weight + from * LANES * across;
-        for (int64_t k = 0; k < count; ++k)
-            for (int64_t l = 0; l < LANES; ++l)
-                out[place(E{}, k, l)] = rounded_to(E{}, w[k * along + l * across]);
+        const int64_t from = (in_turn ? block / 2 + block % 2 * (blocks / 2) : block) * LANES;
+        if (transposed) pack_columns(weight + from, inputs, count, out);
+        else pack_rows(weight + from * inputs, inputs, count, out);
     }
 }

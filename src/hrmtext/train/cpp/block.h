@@ -214,7 +214,7 @@ class Worker {
         product(weight(b.gate_up), normed, flow, D, rows, blocks(2 * M),
                 [&](int64_t row, int64_t at, Vec gate, Vec up) {
                     at = at / 2 * LANES;
-                    put(act + row * inner + at, gate * sigmoid(gate) * up);
+                    put(act + row * inner + at, gate * sigmoid_as(E{}, gate) * up);
                     if (!kept) return;
                     put(kept + row * both + at, gate);
                     put(kept + row * both + M + at, up);
@@ -241,7 +241,7 @@ class Worker {
             }
         auto through_output = [&](int64_t row, int64_t at, Vec d_gated) {
             const int64_t t = token(row);
-            const Vec open = sigmoid(load(gqkv + t * wide + at));
+            const Vec open = sigmoid_as(E{}, load(gqkv + t * wide + at));
             store(d_attended + t * attn + at, d_gated * open);
             store(d_gqkv + t * wide + at,
                   d_gated * load(attended + t * attn + at) * open * (spread(1.0f) - open));
@@ -280,7 +280,7 @@ class Worker {
         auto through_gate = [&](int64_t row, int64_t at, Vec d_act) {
             const Vec gate = get(kept + row * both + at);
             const Vec up = get(kept + row * both + M + at);
-            const Vec open = sigmoid(gate), silu = gate * open;
+            const Vec open = sigmoid_as(E{}, gate), silu = gate * open;
             put(act + row * inner + at, silu * up);
             put(d_gate_up + row * both + at,
                 d_act * up * open * (spread(1.0f) + gate * (spread(1.0f) - open)));
@@ -348,7 +348,7 @@ class Worker {
             const int64_t t = token(row);
             for (int64_t i = 0; i < A; i += LANES)
                 put(gated + row * attn + i,
-                    sigmoid(load(gqkv + t * wide + i)) * load(attended + t * attn + i));
+                    sigmoid_as(E{}, load(gqkv + t * wide + i)) * load(attended + t * attn + i));
         }
     }
 
