@@ -87,19 +87,27 @@ static inline Vec get(const Bf16* p) {
 #endif
 
 static inline float sum(Vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_add_ps((__m512)v);
+#else
     float part[LANES];
     store(part, v);
     for (int width = LANES / 2; width; width /= 2)  // a tree: short chains, vectorised
         for (int i = 0; i < width; ++i) part[i] += part[i + width];
     return part[0];
+#endif
 }
 
 static inline float largest(Vec v) {
+#if defined(__AVX512F__)
+    return _mm512_reduce_max_ps((__m512)v);
+#else
     float part[LANES];
     store(part, v);
     for (int width = LANES / 2; width; width /= 2)
         for (int i = 0; i < width; ++i) part[i] = part[i] > part[i + width] ? part[i] : part[i + width];
     return part[0];
+#endif
 }
 
 // exp to about 1 ulp: 2^n times a polynomial of the rest, within +-ln(2)/2. At most that of 88.

@@ -47,7 +47,7 @@ struct Saved {
     float* attended;  // (T, A + GAP), before the gate; from each row's first output on
     float* logsum;    // (T, N) of the scores; likewise
     float* middle;    // (S, D + GAP), behind attention
-    void* gate_up;    // (S, 2M + GAP), in the format of the products' inputs
+    void* gate_up;    // (S * 2M), in the format of the products' inputs and in the order of their tiles
 };
 
 struct Gradients {
@@ -173,7 +173,7 @@ class Worker {
             gqkv = s.gqkv ? s.gqkv + first * wide : own_gqkv;
             attended = s.gqkv ? s.attended + first * attn : own_attended;
             middle = s.gqkv ? s.middle + first_output * flow : own_middle;
-            gate_up = s.gqkv ? static_cast<E*>(s.gate_up) + first_output * both : nullptr;
+            gate_up = s.gqkv ? static_cast<E*>(s.gate_up) + first_output * 2 * M : nullptr;
             work(Piece{first, count, first_output, outputs});
         }
     }
@@ -209,15 +209,16 @@ class Worker {
     // The SwiGLU of some outputs.
     void feed_forward(int64_t from, int64_t rows, float* y) {
         const float* x = middle + from * flow;
-        E* kept = gate_up ? gate_up + from * both : nullptr;
+        E* kept = gate_up ? gate_up + from * 2 * M : nullptr;
         norm_rows(x, flow, rows);
         product(weight(b.gate_up), normed, flow, D, rows, blocks(2 * M),
                 [&](int64_t row, int64_t at, Vec gate, Vec up) {
                     at = at / 2 * LANES;
                     put(act + row * inner + at, gate * sigmoid_as(E{}, gate) * up);
                     if (!kept) return;
-                    put(kept + row * both + at, gate);
-                    put(kept + row * both + M + at, up);
+                    E* here = kept + (at * rows + row * LANES) * 2;
+                    put(here, gate);
+                    put(here + LANES, up);
                 });
         product(weight(b.down), act, inner, M, rows, blocks(D),
                 [&](int64_t row, int64_t at, Vec left, Vec right) {
@@ -276,10 +277,10 @@ class Worker {
     void feed_forward_backward(int64_t from, int64_t rows, const float* d_y, const Gradients& d,
                                bool adds) {
         const float* x = middle + from * flow;
-        const E* kept = gate_up + from * both;
+        const E* kept = gate_up + from * 2 * M;
         auto through_gate = [&](int64_t row, int64_t at, Vec d_act) {
-            const Vec gate = get(kept + row * both + at);
-            const Vec up = get(kept + row * both + M + at);
+            const E* here = kept + (at * rows + row * LANES) * 2;
+            const Vec gate = get(here), up = get(here + LANES);
             const Vec open = sigmoid_as(E{}, gate), silu = gate * open;
             put(act + row * inner + at, silu * up);
             put(d_gate_up + row * both + at,

@@ -254,7 +254,7 @@ class CppBlocks:
             rows.tokens * (size + gap),
             -(-rows.tokens * block.heads // 16) * 16,
             rows.outputs * (block.hidden + gap),
-            rows.outputs * (2 * block.mlp + gap) // (2 if block.bf16 else 1),
+            rows.outputs * 2 * block.mlp // (2 if block.bf16 else 1),
         ]
 
     def _saved(self, block: CBlock, rows: CRows, memory: torch.Tensor) -> CSaved:
