@@ -1,4 +1,5 @@
-// Attention of one head within one row, forward and backward, in fp32.
+// Attention of one head within one row, forward and backward. What it reads and gives is in fp32; its
+// products multiply numbers in a format of their own and add in fp32, as softmax is.
 //
 // Letters: W tokens of the row, K head width.
 #pragma once
@@ -8,6 +9,7 @@
 #include <cstdint>
 
 #include "arena.h"
+#include "pack.h"
 #include "products.h"
 #include "vectors.h"
 
@@ -30,50 +32,80 @@ struct HeadGradients {
     int64_t stride;
 };
 
+// Rows as a product of the format E takes them: the same, or rounded into `into` without gaps.
+template <class E>
+struct Operand {
+    const E* rows;
+    int64_t stride;
+};
+inline Operand<float> operand_of(const float* x, int64_t stride, int64_t, int64_t, float*) {
+    return {x, stride};
+}
+#if defined(__AVX512BF16__)
+inline Operand<Bf16> operand_of(const float* x, int64_t stride, int64_t rows, int64_t columns,
+                                Bf16* into) {
+    for (int64_t row = 0; row < rows; ++row)
+        for (int64_t i = 0; i < columns; i += LANES)
+            put(into + row * columns + i, load(x + row * stride + i));
+    return {into, columns};
+}
+#endif
+
+// Where numbers of a product's format go that are computed from `count` in fp32.
+inline float* beside(float, float* numbers, int64_t, Arena&) { return numbers; }
+#if defined(__AVX512BF16__)
+inline Bf16* beside(Bf16, float*, int64_t count, Arena& arena) {
+    return arena.take<Bf16>(count + LANES);  // a product may read beyond the last
+}
+#endif
+
+// `E`: the format of the products' inputs, float or Bf16.
+template <class E>
 class RowAttention {
   public:
     RowAttention(int64_t head_dim, int64_t longest, bool is_backward, Arena& arena)
         : K(head_dim), shrink(1.0f / std::sqrt(float(head_dim))) {
-        packed = arena.take<float>(columns(longest) * K);
-        scores = arena.take<float>(longest * columns(longest));
+        const int64_t across = columns(longest);
+        packed = arena.take<E>(across * K);
+        scores = arena.take<float>(longest * across);
+        weights = beside(E{}, scores, longest * across, arena);
+        q_rows = arena.take<E>(longest * K);
         scales = arena.take<float>(longest);
+        for (int l = 0; l < LANES; ++l) lanes[l] = l;
         if (!is_backward) return;
-        packed_too = arena.take<float>(columns(longest) * K);
-        d_scores = arena.take<float>(longest * columns(longest));
+        d_scores = arena.take<float>(longest * across);
+        d_weights = beside(E{}, d_scores, longest * across, arena);
+        d_out_rows = arena.take<E>(longest * K);
         scratch = arena.take<float>(crossed_scratch(K));
     }
 
     void forward(const Head& h) {
         const int64_t queries = h.width - h.first, across = columns(h.width);
-        pack_tokens(h.k, h, packed);
-        product(packed, h.q + h.first * h.stride, h.stride, K, queries, blocks(across),
-                [&](int64_t i, int64_t at, Vec left, Vec right) {
-                    store(scores + i * across + at * LANES, left * shrink);
-                    store(scores + i * across + at * LANES + LANES, right * shrink);
-                });
+        const Operand<E> q = operand_of(h.q + h.first * h.stride, h.stride, queries, K, q_rows);
+        pack_tokens(h.k, h);
+        product(packed, q.rows, q.stride, K, queries, blocks(across), Put{scores, across});
         for (int64_t i = 0; i < queries; ++i) {
-            float* here = scores + i * across;
-            hide(here, h.visible[h.first + i], across, -INFINITY);
-            Vec most = load(here);
-            for (int64_t j = LANES; j < across; j += LANES) {
-                const Vec other = load(here + j);
-                most = other > most ? other : most;
+            const int64_t seen = h.visible[h.first + i];
+            const float* here = scores + i * across;
+            Vec most = spread(-INFINITY);
+            for (int64_t j = 0; j < seen; j += LANES) {
+                const Vec score = is_seen(j, seen) ? load(here + j) : spread(-INFINITY);
+                most = score > most ? score : most;
             }
-            const float peak = largest(most);
+            const float peak = largest(most) * shrink;
             Vec totals{};
             for (int64_t j = 0; j < across; j += LANES) {
-                const Vec score = load(here + j);
-                const Vec weight = score == spread(-INFINITY) ? Vec{} : exp_of(score - peak);
-                store(here + j, weight);
+                const Vec weight = is_seen(j, seen) ? exp_of(load(here + j) * shrink - peak) : Vec{};
+                put(weights + i * across + j, weight);
                 totals += weight;
             }
             const float total = sum(totals);
             scales[i] = 1.0f / total;
             if (h.logsum) h.logsum[(h.first + i) * h.logsum_stride] = peak + std::log(total);
         }
-        pack_dimensions(h.v, h, packed);
+        pack_dimensions(h.v, h);
         float* out = h.out + h.first * h.out_stride;
-        product(packed, scores, across, h.width, queries, blocks(K),
+        product(packed, weights, across, whole(h.width), queries, blocks(K),
                 [&](int64_t i, int64_t at, Vec left, Vec right) {
                     store(out + i * h.out_stride + at * LANES, left * scales[i]);
                     store(out + i * h.out_stride + at * LANES + LANES, right * scales[i]);
@@ -83,32 +115,33 @@ class RowAttention {
     // Gradients of keys and values of all tokens, and of queries from the first wanted one.
     void backward(const Head& h, const HeadGradients& d) {
         const int64_t queries = h.width - h.first, across = columns(h.width);
-        const float* q = h.q + h.first * h.stride;
-        const float* d_out = d.d_out + h.first * d.out_stride;
-        pack_tokens(h.k, h, packed);
-        product(packed, q, h.stride, K, queries, blocks(across), Put{scores, across});
-        pack_tokens(h.v, h, packed_too);
-        product(packed_too, d_out, d.out_stride, K, queries, blocks(across), Put{d_scores, across});
+        const float* d_out_here = d.d_out + h.first * d.out_stride;
+        const Operand<E> q = operand_of(h.q + h.first * h.stride, h.stride, queries, K, q_rows);
+        const Operand<E> d_out = operand_of(d_out_here, d.out_stride, queries, K, d_out_rows);
+        pack_tokens(h.k, h);
+        product(packed, q.rows, q.stride, K, queries, blocks(across), Put{scores, across});
+        pack_tokens(h.v, h);
+        product(packed, d_out.rows, d_out.stride, K, queries, blocks(across), Put{d_scores, across});
         for (int64_t i = 0; i < queries; ++i) {
             const float* out = h.out + (h.first + i) * h.out_stride;
             Vec dots{};
-            for (int64_t k = 0; k < K; k += LANES) dots += load(out + k) * load(d_out + i * d.out_stride + k);
+            for (int64_t k = 0; k < K; k += LANES)
+                dots += load(out + k) * load(d_out_here + i * d.out_stride + k);
             const float dot = sum(dots), logsum = h.logsum[(h.first + i) * h.logsum_stride];
-            float *p = scores + i * across, *d_p = d_scores + i * across;
+            const int64_t seen = h.visible[h.first + i], at = i * across;
             for (int64_t j = 0; j < across; j += LANES) {
-                const Vec weight = exp_of(load(p + j) * shrink - logsum);
-                store(p + j, weight);
-                store(d_p + j, weight * (load(d_p + j) - dot) * shrink);
+                const Vec score = load(scores + at + j) * shrink, d_weight = load(d_scores + at + j);
+                const Vec weight = is_seen(j, seen) ? exp_of(score - logsum) : Vec{};
+                put(weights + at + j, weight);
+                put(d_weights + at + j, weight * (d_weight - dot) * shrink);
             }
-            hide(p, h.visible[h.first + i], across, 0.0f);
-            hide(d_p, h.visible[h.first + i], across, 0.0f);
         }
-        crossed_product(scores, across, d_out, d.out_stride, queries, h.width, K, d.v, d.stride,
+        crossed_product(weights, across, d_out.rows, d_out.stride, queries, h.width, K, d.v, d.stride,
                         false, scratch);
-        crossed_product(d_scores, across, q, h.stride, queries, h.width, K, d.k, d.stride, false,
+        crossed_product(d_weights, across, q.rows, q.stride, queries, h.width, K, d.k, d.stride, false,
                         scratch);
-        pack_dimensions(h.k, h, packed);
-        product(packed, d_scores, across, h.width, queries, blocks(K),
+        pack_dimensions(h.k, h);
+        product(packed, d_weights, across, whole(h.width), queries, blocks(K),
                 Put{d.q + h.first * d.stride, d.stride});
     }
 
@@ -118,25 +151,25 @@ class RowAttention {
         return (tokens + 2 * LANES - 1) / (2 * LANES) * 2 * LANES;
     }
 
-    static void hide(float* row, int64_t seen, int64_t across, float with) {
-        std::fill(row + seen, row + across, with);
-    }
+    IntVec is_seen(int64_t from, int64_t seen) const { return lanes + int32_t(from) < int32_t(seen); }
 
-    // Keys or values with tokens as columns, (W / LANES, K, LANES).
-    void pack_tokens(const float* x, const Head& h, float* to) const {
+    // Keys or values with tokens as columns.
+    void pack_tokens(const float* x, const Head& h) {
         for (int64_t j = 0; j < columns(h.width); j += LANES)
-            for (int64_t k = 0; k < K; k += LANES)
-                transpose(x + j * h.stride + k, h.stride, h.width - j, to + (j * K + k * LANES));
+            pack_rows(x + j * h.stride, h.stride, h.width - j, K, packed + j * K);
     }
 
-    // The same with their dimensions as columns, (K / LANES, W, LANES).
-    void pack_dimensions(const float* x, const Head& h, float* to) const {
+    // The same with their dimensions as columns, over `whole(W)` tokens.
+    void pack_dimensions(const float* x, const Head& h) {
         for (int64_t k = 0; k < K; k += LANES)
-            for (int64_t j = 0; j < h.width; ++j)
-                store(to + (k / LANES * h.width + j) * LANES, load(x + j * h.stride + k));
+            pack_columns(x + k, h.stride, h.width, packed + k * whole(h.width));
     }
+
+    static int64_t whole(int64_t count) { return whole_inputs(E{}, count); }
 
     const int64_t K;
     const float shrink;
-    float *packed, *scores, *scales, *packed_too = nullptr, *d_scores = nullptr, *scratch = nullptr;
+    IntVec lanes;
+    E *packed, *weights, *q_rows, *d_weights = nullptr, *d_out_rows = nullptr;
+    float *scores, *scales, *d_scores = nullptr, *scratch = nullptr;
 };

@@ -18,8 +18,10 @@ from hrmtext.runtime.log import logger
 HEADERS = Path(__file__).parent
 COMPILERS = ("g++", "clang++", "c++")
 FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno")
-NATIVE = ("-march=native", "-mcpu=native")
-"""How compilers are told to use all instructions of this processor; not all know the first."""
+NATIVE = {"x86_64": ("-march=native",), "AMD64": ("-march=native",)}
+"""How compilers are told to use all instructions of this processor."""
+NATIVE_ELSEWHERE = ("-march=native", "-mcpu=native")
+"""The same for others, where not all know the first. On x86 the second would leave most of them out."""
 BUILD_SECONDS = 300
 
 
@@ -76,7 +78,7 @@ def _build(source: Path, path: str, file: Path, use: str) -> None:
     with tempfile.TemporaryDirectory(dir=file.parent) as folder:
         built = Path(folder) / file.name
         messages = []
-        for native in NATIVE:
+        for native in NATIVE.get(platform.machine(), NATIVE_ELSEWHERE):
             command = [path, *FLAGS, native, f"-I{HEADERS}", str(source), "-o", str(built)]
             done = subprocess.run(
                 command, capture_output=True, text=True, check=False, timeout=BUILD_SECONDS

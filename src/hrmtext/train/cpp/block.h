@@ -371,7 +371,7 @@ class Worker {
     Saved s{};
     const int64_t A, K, D, M;
     const int64_t wide, attn, flow, both, inner;  // from a row to the next
-    RowAttention attention;
+    RowAttention<E> attention;
     E *normed, *gated, *act, *d_gate_up = nullptr, *rounded = nullptr;
     float *own_gqkv = nullptr, *own_attended = nullptr, *own_middle = nullptr;
     float *d_normed = nullptr, *d_middle = nullptr, *d_attended = nullptr, *d_gqkv = nullptr;
