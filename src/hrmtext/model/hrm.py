@@ -78,8 +78,7 @@ class RecurrenceCall(Protocol):
         depth: Depth,
         z_H: torch.Tensor,
         z_L: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        positions: torch.Tensor,
         plan: AttentionPlan,
         select: torch.Tensor | None,
     ) -> list[torch.Tensor]:
@@ -114,9 +113,9 @@ def recur(
     z_H = embedded * config.scale  # (T, D)
     z_L = stacks.z_L_init.to(z_H).expand_as(z_H)  # (T, D)
     L_module = stacks.H_module if config.shared_stack else stacks.L_module
-    cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, z_H.dtype)
     if isinstance(call_block, RecurrenceCall):
-        return call_block.recur(depth, z_H, z_L, cos, sin, plan, select)
+        return call_block.recur(depth, z_H, z_L, positions, plan, select)
+    cos, sin = rotary_tables(positions, config.head_dim, config.rope_theta, z_H.dtype)
     flags = iter(depth.carries_gradient)
     grad_enabled = torch.is_grad_enabled()
     states = []

@@ -16,7 +16,7 @@ import torch
 from hrmtext.config.model import ModelConfig
 from hrmtext.model import HrmLM
 from hrmtext.model.depth import Depth
-from hrmtext.model.layers import Block
+from hrmtext.model.layers import Block, rotary_tables
 from hrmtext.train.cpp.blocks import (
     CBlock,
     CppBlocks,
@@ -89,6 +89,7 @@ class CppRecurrence(CppBlocks):
         structs = [self._packed[id(block)].block for block in blocks]
         self.structs = (CBlock * len(structs))(*structs)
         self.first_block = {"H": 0, "L": 0 if len(stacks) == 1 else len(blocks) // 2}
+        self._tables = (torch.empty(0), torch.empty(0))
         self.weights = [linear.weight for block in blocks for linear in linears_of(block)]
 
     def recur(
@@ -96,8 +97,7 @@ class CppRecurrence(CppBlocks):
         depth: Depth,
         z_H: torch.Tensor,
         z_L: torch.Tensor,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        positions: torch.Tensor,
         plan: RowsPlan,
         select: torch.Tensor | None,
     ) -> list[torch.Tensor]:
@@ -107,12 +107,22 @@ class CppRecurrence(CppBlocks):
 
         Args:
             z_H, z_L: (T, D), the states at the start.
-            cos, sin: the tables of `rotary_tables`. plan: what `rows` gave.
+            positions: (T) int64. plan: what `rows` gave.
         """
-        run = _Run(self, depth, cos.contiguous(), sin.contiguous(), plan, select)
+        run = _Run(self, depth, *self._rotary_tables(positions), plan, select)
         if not (torch.is_grad_enabled() and any(depth.carries_gradient)):
             return run.forward(z_H, z_L, with_backward=False)
         return list(_RecurrenceFunction.apply(z_H, z_L, run, *self.weights))
+
+    def _rotary_tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """`rotary_tables` of these positions, looked up: computing them is 1 % of a small step."""
+        needed = 1 + int(positions.max())
+        if len(self._tables[0]) < needed:
+            config, all_positions = self.config, torch.arange(max(needed, self.config.max_seq_len))
+            self._tables = rotary_tables(
+                all_positions, config.head_dim, config.rope_theta, torch.float32
+            )
+        return tuple(table.index_select(0, positions) for table in self._tables)
 
 
 class _Run:
