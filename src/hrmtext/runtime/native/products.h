@@ -127,7 +127,7 @@ struct Put {
     }
 };
 
-constexpr int64_t CROSSED_PIECE = 64;
+constexpr int64_t CROSSED_STEPS = 64;  // of numbers, or of pairs of them
 
 // Copies of a piece of `count` rows, without gaps, for products over them: of all columns, and of the
 // first ones, at most TILE_ROWS; what is copied beyond these the next row overwrites. Both return how
@@ -207,7 +207,7 @@ inline void crossed_rows(int64_t rows, const T* left, const T* right, int64_t st
 
 // Floats that `crossed_product` needs beside.
 inline int64_t crossed_scratch(int64_t columns) {
-    return CROSSED_PIECE * (columns + TILE_ROWS) + LANES;
+    return CROSSED_STEPS * (columns + TILE_ROWS) + LANES;
 }
 
 // out (rows, columns) += or = left (count, rows) transposed, times right (count, columns), of which
@@ -220,9 +220,10 @@ void crossed_product(const E* left, int64_t left_stride, const E* right, int64_t
     using Copied = typename Copy<E>::Type;
     const int64_t tiles = (rows + TILE_ROWS - 1) / TILE_ROWS;
     Copied* right_copy = reinterpret_cast<Copied*>(scratch);
-    Copied* left_copy = right_copy + CROSSED_PIECE * columns;
-    for (int64_t k = 0; k == 0 || k < count; k += CROSSED_PIECE) {
-        const int64_t piece = count - k < CROSSED_PIECE ? count - k : CROSSED_PIECE;
+    Copied* left_copy = right_copy + CROSSED_STEPS * columns;
+    const int64_t most = CROSSED_STEPS * int64_t(sizeof(Copied) / sizeof(E));
+    for (int64_t k = 0; k == 0 || k < count; k += most) {
+        const int64_t piece = std::min(count - k, most);
         copy_right(right + k * right_stride, right_stride, piece, columns, right_copy);
         for (int64_t t = 0; t < tiles; ++t) {
             const Range mine = part(rows, t, tiles);
