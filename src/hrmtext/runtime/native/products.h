@@ -35,10 +35,21 @@ constexpr int64_t NEAR_ROWS = 5 * TILE_ROWS, NEAR_INPUTS = 128;
 // What a piece of so many rows and inputs reads stays in the first cache.
 constexpr int64_t NEAR_BYTES = 1 << 18;  // of weights, which all rows meet while they are in the second
 
+// Where a tile's sums will go is asked for while it is computed, if `finish` says where.
+template <class Finish>
+inline auto ask_for(const Finish& finish, int64_t row, int64_t block, int)
+    -> decltype(finish.ask_for(row, block)) {
+    finish.ask_for(row, block);
+}
+template <class Finish>
+inline void ask_for(const Finish&, int64_t, int64_t, long) {}
+
 // Inputs [inputs) of a tile: begun or continued, kept in `between` or finished.
 template <int ROWS, int BLOCKS, class T, class Finish>
 inline void piece_tile(const T* w, const T* x, int64_t stride, int64_t all, Range inputs,
                        int64_t row, int64_t block, float* between, const Finish& finish) {
+    for (int r = 0; r < ROWS && inputs.end == all; ++r)
+        for (int b = 0; b < BLOCKS; b += 2) ask_for(finish, row + r, block + b, 0);
     Vec acc[ROWS][BLOCKS] = {};
     if (inputs.begin > 0)
         for (int r = 0; r < ROWS; ++r)
@@ -125,6 +136,14 @@ struct Put {
         store(out + row * stride + block * LANES, left);
         store(out + row * stride + block * LANES + LANES, right);
     }
+};
+
+// `finish`, and what fetches the memory that it will use: fetch(row, block) at the start of a tile.
+template <class Finish, class Fetch>
+struct Fetching : Finish {
+    Fetch fetch;
+    Fetching(const Finish& finish, const Fetch& fetch) : Finish(finish), fetch(fetch) {}
+    void ask_for(int64_t row, int64_t block) const { fetch(row, block); }
 };
 
 constexpr int64_t CROSSED_STEPS = 64;  // of numbers, or of pairs of them

@@ -189,7 +189,11 @@ class Worker {
 
     void forward_piece(const float* x, float* y) {
         norm_rows(x, D, count);
-        product(weight(b.gqkv), normed, flow, D, count, blocks(4 * A), Put{gqkv, wide});
+        product(weight(b.gqkv), normed, flow, D, count, blocks(4 * A),
+                Fetching(Put{gqkv, wide}, [&](int64_t row, int64_t block) {
+                    __builtin_prefetch(gqkv + row * wide + block * LANES, 1);
+                    __builtin_prefetch(gqkv + row * wide + block * LANES + LANES, 1);
+                }));
         rotate_all(gqkv, false);
         for (int64_t row = first_row; row < end_row; ++row)
             for (int64_t n = 0; n < b.heads; ++n) attention.forward(head(row, n));
@@ -212,14 +216,16 @@ class Worker {
         E* kept = gate_up ? gate_up + from * 2 * M : nullptr;
         norm_rows(x, flow, rows);
         product(weight(b.gate_up), normed, flow, D, rows, blocks(2 * M),
-                [&](int64_t row, int64_t at, Vec gate, Vec up) {
+                Fetching([&](int64_t row, int64_t at, Vec gate, Vec up) {
                     at = at / 2 * LANES;
                     put(act + row * inner + at, gate * sigmoid_as(E{}, gate) * up);
                     if (!kept) return;
                     E* here = kept + (at * rows + row * LANES) * 2;
                     put(here, gate);
                     put(here + LANES, up);
-                });
+                }, [&](int64_t row, int64_t at) {
+                    if (kept) __builtin_prefetch(kept + (at / 2 * LANES * rows + row * LANES) * 2, 1);
+                }));
         product(weight(b.down), act, inner, M, rows, blocks(D),
                 [&](int64_t row, int64_t at, Vec left, Vec right) {
                     at *= LANES;
@@ -289,10 +295,13 @@ class Worker {
         };
         const E* d_out = operand(d_y, D, rows, D, rounded);
         product(weight(b.down_t), d_out, D, D, rows, blocks(M),
-                [&](int64_t row, int64_t at, Vec left, Vec right) {
+                Fetching([&](int64_t row, int64_t at, Vec left, Vec right) {
                     through_gate(row, at * LANES, left);
                     through_gate(row, at * LANES + LANES, right);
-                });
+                }, [&](int64_t row, int64_t at) {
+                    __builtin_prefetch(kept + (at * LANES * rows + row * LANES) * 2);
+                    __builtin_prefetch(kept + ((at + 1) * LANES * rows + row * LANES) * 2);
+                }));
         crossed_product(d_out, D, act, inner, rows, D, M, d.down, M, adds, scratch);
         norm_rows(x, flow, rows);
         crossed_product(d_gate_up, both, normed, flow, rows, 2 * M, D, d.gate_up, D, adds,
