@@ -16,7 +16,7 @@ from hrmtext.model.layers import ExitNorm
 from hrmtext.runtime.native import build, compiler
 from hrmtext.runtime.native.pack import alternate, pack_columns
 from hrmtext.train.build import build_compute
-from hrmtext.train.cpp import CppBlocks, choose_blocks
+from hrmtext.train.cpp import CppBlocks, CppRecurrence, choose_blocks
 from hrmtext.train.cpp import blocks as blocks_module
 from hrmtext.train.cpp import choice as choice_module
 from hrmtext.train.optim import AdamAtan2
@@ -46,6 +46,12 @@ SHAPES = [
     {"H_cycles": 1, "L_cycles": 4, "num_layers_per_stack": 1, "rms_norm_eps": 1e-3},
     {"shared_stack": True, "H_cycles": 1, "L_cycles": 0, "num_layers_per_stack": 3},
 ]
+
+
+@pytest.fixture(params=[CppBlocks, CppRecurrence])
+def kind(request):
+    """Block by block, or all calls of the stacks at once."""
+    return request.param
 
 
 @contextlib.contextmanager
@@ -92,13 +98,15 @@ def spread(tensor):
 
 @pytest.mark.parametrize("dtype", FORMATS)
 @pytest.mark.parametrize("changes", SHAPES, ids=lambda changes: "-".join(changes) or "test")
-def test_output_and_every_gradient_are_the_modules_within_the_error_of_its_format(changes, dtype):
+def test_output_and_every_gradient_are_the_modules_within_the_error_of_its_format(
+    changes, dtype, kind
+):
     config = preset("test", **{**WIDE, **changes})
     module = build_model(config, seed=1).to(dtype)
     model, exact = copy.deepcopy(module).float(), copy.deepcopy(module).double()
     batch = stream(config, padding=5)
     plan, wide = make_plan(batch[2], dtype=dtype), make_plan(batch[2], dtype=torch.float64)
-    blocks = CppBlocks(model, dtype)
+    blocks = kind(model, dtype)
     blocks.pack()
     for select in (None, SELECT, SELECT[:0]):
         plain = gradients(module, batch, plan, None, select)
@@ -122,9 +130,9 @@ def test_output_and_every_gradient_are_the_modules_within_the_error_of_its_forma
 
 
 @pytest.mark.parametrize("piece", [1, 30, 70])
-def test_rows_may_go_through_a_block_in_pieces_of_any_size(monkeypatch, piece):
+def test_rows_may_go_through_a_block_in_pieces_of_any_size(monkeypatch, piece, kind):
     model = build_model(preset("test", **WIDE), seed=1)
-    batch, blocks = stream(model.config, padding=5), CppBlocks(model)
+    batch, blocks = stream(model.config, padding=5), kind(model)
     blocks.pack()
 
     def found(select):
@@ -139,11 +147,11 @@ def test_rows_may_go_through_a_block_in_pieces_of_any_size(monkeypatch, piece):
         monkeypatch.undo()
 
 
-def test_a_thread_without_rows_adds_nothing():
+def test_a_thread_without_rows_adds_nothing(kind):
     model = build_model(preset("test", **WIDE), seed=1)
     layout = RowLayout.from_blocks([50, 50], [[(0, 30)], [(0, 20)]])
     positions = torch.arange(50).repeat(2)
-    batch, blocks = (torch.arange(100) % 60, positions, layout), CppBlocks(model)
+    batch, blocks = (torch.arange(100) % 60, positions, layout), kind(model)
     blocks.pack()
     with using(3):
         plan = blocks.rows(layout)
@@ -156,9 +164,9 @@ def test_a_thread_without_rows_adds_nothing():
         torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-5, msg=name)
 
 
-def test_a_circle_of_rows_is_shared_and_gives_the_same(monkeypatch):
+def test_a_circle_of_rows_is_shared_and_gives_the_same(monkeypatch, kind):
     model = build_model(preset("test", **WIDE), seed=1)
-    batch, blocks = stream(model.config, padding=5), CppBlocks(model)
+    batch, blocks = stream(model.config, padding=5), kind(model)
     blocks.pack()
     with using(2):
         plan = blocks.rows(batch[2])
@@ -183,7 +191,9 @@ def test_weights_are_packed_anew_as_they_are_read(dtype):
             block.mlp.gate_up_proj.weight += change
         blocks.pack()
         found = blocks._packed[id(block)]._memory
-        for name, linear in zip(blocks_module._WEIGHTS, blocks_module.linears_of(block), strict=True):
+        for name, linear in zip(
+            blocks_module._WEIGHTS, blocks_module.linears_of(block), strict=True
+        ):
             weight = linear.weight.detach()
             expected = (alternate if name == "gate_up" else pack_columns)(weight, **how)
             assert torch.equal(found[name], expected.flatten()), name
@@ -207,12 +217,12 @@ def test_the_exit_norm_is_the_modules_forward_and_backward(rows):
 
 
 @pytest.mark.parametrize("bp_steps", [2, 5])
-def test_calls_without_gradient_get_none(bp_steps):
+def test_calls_without_gradient_get_none(bp_steps, kind):
     config = preset("test", **WIDE)
     model = build_model(config, seed=1)
     batch = stream(config, padding=0)
     depth = Depth.from_bp_steps(config, bp_steps)
-    blocks = CppBlocks(model)
+    blocks = kind(model)
     blocks.pack()
     found = gradients(model, batch, blocks.rows(batch[2]), depth, SELECT, blocks)
     expected = gradients(model, batch, make_plan(batch[2]), depth, SELECT)
@@ -222,11 +232,11 @@ def test_calls_without_gradient_get_none(bp_steps):
         torch.testing.assert_close(found[name], value, atol=2e-5, rtol=1e-4)
 
 
-def test_the_same_step_twice_gives_the_same_bits_and_a_second_backward_is_refused():
+def test_the_same_step_twice_gives_the_same_bits_and_a_second_backward_is_refused(kind):
     config = preset("test", **WIDE)
     model = build_model(config, seed=1)
     batch = stream(config, padding=0)
-    blocks = CppBlocks(model)
+    blocks = kind(model)
     blocks.pack()
     first, second = (
         gradients(model, batch, blocks.rows(batch[2]), None, None, blocks) for _ in range(2)
@@ -239,11 +249,11 @@ def test_the_same_step_twice_gives_the_same_bits_and_a_second_backward_is_refuse
         out.backward()
 
 
-def test_a_row_moves_no_other_row_and_a_later_answer_token_no_earlier_one():
+def test_a_row_moves_no_other_row_and_a_later_answer_token_no_earlier_one(kind):
     config = preset("test", **WIDE)
     model = build_model(config, seed=1)
     tokens, positions, layout = stream(config, padding=0)
-    blocks = CppBlocks(model)
+    blocks = kind(model)
     blocks.pack()
 
     def run(tokens):

@@ -21,7 +21,7 @@ FLAGS = ("-O3", "-std=c++17", "-shared", "-fPIC", "-pthread", "-fno-math-errno")
 NATIVE = {"x86_64": ("-march=native",), "AMD64": ("-march=native",)}
 """How compilers are told to use all instructions of this processor."""
 NATIVE_ELSEWHERE = ("-march=native", "-mcpu=native")
-"""The same for others, where not all know the first. On x86 the second would leave most of them out."""
+"""The same for others, not all of which know the first; x86 takes the second for a mere hint."""
 BUILD_SECONDS = 300
 
 

@@ -2,5 +2,6 @@
 
 from hrmtext.train.cpp.blocks import CppBlocks
 from hrmtext.train.cpp.choice import choose_blocks
+from hrmtext.train.cpp.recurrence import CppRecurrence
 
-__all__ = ["CppBlocks", "choose_blocks"]
+__all__ = ["CppBlocks", "CppRecurrence", "choose_blocks"]

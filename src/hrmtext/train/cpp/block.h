@@ -70,6 +70,12 @@ inline const Bf16* operand(const float* x, int64_t stride, int64_t rows, int64_t
 }
 #endif
 
+// Has two vectors at hand that will be written.
+inline void fetch_two(const float* x) {
+    __builtin_prefetch(x, 1);
+    __builtin_prefetch(x + LANES, 1);
+}
+
 // The parts of a buffer that holds one gradient of each weight.
 inline Gradients inside(const Block& b, float* memory) {
     const int64_t A = b.heads * b.head_dim;
@@ -190,21 +196,20 @@ class Worker {
     void forward_piece(const float* x, float* y) {
         norm_rows(x, D, count);
         product(weight(b.gqkv), normed, flow, D, count, blocks(4 * A),
-                Fetching(Put{gqkv, wide}, [&](int64_t row, int64_t block) {
-                    __builtin_prefetch(gqkv + row * wide + block * LANES, 1);
-                    __builtin_prefetch(gqkv + row * wide + block * LANES + LANES, 1);
+                Fetching(Put{gqkv, wide}, [&](int64_t row, int64_t at) {
+                    fetch_two(gqkv + row * wide + at * LANES);
                 }));
         rotate_all(gqkv, false);
         for (int64_t row = first_row; row < end_row; ++row)
             for (int64_t n = 0; n < b.heads; ++n) attention.forward(head(row, n));
         gate_outputs();
         product(weight(b.o), gated, attn, A, outputs, blocks(D),
-                [&](int64_t row, int64_t at, Vec left, Vec right) {
+                Fetching([&](int64_t row, int64_t at, Vec left, Vec right) {
                     at *= LANES;
                     const float* from = x + token(row) * D + at;
                     store(middle + row * flow + at, load(from) + left);
                     store(middle + row * flow + at + LANES, load(from + LANES) + right);
-                });
+                }, [&](int64_t row, int64_t at) { fetch_two(middle + row * flow + at * LANES); }));
         // A long row goes through the rest in pieces too.
         for (int64_t from = 0; from < outputs; from += r.piece)
             feed_forward(from, std::min(r.piece, outputs - from), y + from * D);
@@ -227,11 +232,11 @@ class Worker {
                     if (kept) __builtin_prefetch(kept + (at / 2 * LANES * rows + row * LANES) * 2, 1);
                 }));
         product(weight(b.down), act, inner, M, rows, blocks(D),
-                [&](int64_t row, int64_t at, Vec left, Vec right) {
+                Fetching([&](int64_t row, int64_t at, Vec left, Vec right) {
                     at *= LANES;
                     store(y + row * D + at, load(x + row * flow + at) + left);
                     store(y + row * D + at + LANES, load(x + row * flow + at + LANES) + right);
-                });
+                }, [&](int64_t row, int64_t at) { fetch_two(y + row * D + at * LANES); }));
     }
 
     void backward_piece(const float* x, const float* d_y, float* d_x, const Gradients& d, bool adds) {

@@ -21,7 +21,8 @@ struct Call {
     float* out;         // (T, D), or (S, D); may be `left` or `right`
     const Saved* saved; // (B); null where no backward pass will come
 
-    // Its backward pass. Gradients of the output, added up, of which one may be null ...
+    int64_t has_backward;  // whether gradient arrives and is carried on; if so:
+    // Gradients of the output, added up, of which one may be null ...
     const float *d_out, *d_other;
     // ... and of what it read, where wanted: put there or added. May be `d_out`.
     float *d_left, *d_right;
@@ -79,7 +80,7 @@ class Walk {
     void backward(Sums& sums) {
         std::vector<bool> begun(size_t(m.num_blocks));
         for (int64_t i = m.num_calls; i-- > 0;)
-            if (calls[i].d_out || calls[i].d_other) backward(calls[i], sums, begun);
+            if (calls[i].has_backward) backward(calls[i], sums, begun);
     }
 
   private:

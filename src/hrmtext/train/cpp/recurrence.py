@@ -38,7 +38,9 @@ class _Call(ctypes.Structure):
         *((name, _I) for name in ("first_block", "selects")),
         *((name, _P) for name in ("left", "right", "flow")),
         ("flow_step", _I),
-        *((name, _P) for name in ("out", "saved", "d_out", "d_other", "d_left", "d_right")),
+        *((name, _P) for name in ("out", "saved")),
+        ("has_backward", _I),
+        *((name, _P) for name in ("d_out", "d_other", "d_left", "d_right")),
         *((name, _I) for name in ("adds_left", "adds_right")),
     ]
 
@@ -76,8 +78,8 @@ def stack_calls(config: ModelConfig, depth: Depth) -> Iterator[StackCall]:
 class CppRecurrence(CppBlocks):
     """`CppBlocks` that also computes all calls of the stacks at once: see `model.hrm.recur`.
 
-    States and gradients are those of the same blocks called one by one, to the bit where a step
-    has one microbatch.
+    States and gradients are those of the same blocks called one by one, to the bit but where an
+    early loss adds another gradient to a state's.
     """
 
     def __init__(self, model: HrmLM, dtype: torch.dtype = torch.float32) -> None:
@@ -109,12 +111,13 @@ class CppRecurrence(CppBlocks):
             z_H, z_L: (T, D), the states at the start.
             positions: (T) int64. plan: what `rows` gave.
         """
-        run = _Run(self, depth, *self._rotary_tables(positions), plan, select)
+        cos, sin = self._rotary_tables(positions)
+        run = _Run(self, depth, cos, sin, plan, select)
         if not (torch.is_grad_enabled() and any(depth.carries_gradient)):
             return run.forward(z_H, z_L, with_backward=False)
         return list(_RecurrenceFunction.apply(z_H, z_L, run, *self.weights))
 
-    def _rotary_tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def _rotary_tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """`rotary_tables` of these positions, looked up: computing them is 1 % of a small step."""
         needed = 1 + int(positions.max())
         if len(self._tables[0]) < needed:
@@ -122,7 +125,8 @@ class CppRecurrence(CppBlocks):
             self._tables = rotary_tables(
                 all_positions, config.head_dim, config.rope_theta, torch.float32
             )
-        return tuple(table.index_select(0, positions) for table in self._tables)
+        cos, sin = self._tables
+        return cos.index_select(0, positions), sin.index_select(0, positions)
 
 
 class _Run:
@@ -203,6 +207,7 @@ class _Run:
             has_some[call.stack] = False  # what comes next is of the state that this call replaced
             if not call.carries_gradient or not (d_out or d_other is not None):
                 continue
+            struct.has_backward = True
             struct.d_out = d_state[call.stack].data_ptr() if d_out else None
             if d_other is not None:
                 self._alive.append(d_other := d_other.contiguous())
@@ -216,12 +221,13 @@ class _Run:
                     d_weights[block] = empty_gradients(self.owner.structs[block])
         if d_weights:
             self._compute_gradients(d_weights)
-        nothing = [None] * NUM_WEIGHTS
-        parts = [d_weights.get(block, nothing) for block in range(len(self.owner.structs))]
+        found: list[torch.Tensor | None] = []
+        for block in range(len(self.owner.structs)):
+            found += d_weights.get(block, [None] * NUM_WEIGHTS)
         if not has_some["H"]:
-            return None, sum(parts, [])
+            return None, found
         d_state["H"][self.num_used :] = 0.0
-        return d_state["H"], sum(parts, [])
+        return d_state["H"], found
 
     def _compute_gradients(self, d_weights: dict[int, list[torch.Tensor]]) -> None:
         count = len(self.owner.structs)
