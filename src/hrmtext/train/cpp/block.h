@@ -1,5 +1,5 @@
-// A block of an HRM on a CPU, forward and backward, over packed rows in fp32; its products with weights
-// and their gradients may multiply in bf16, and add in fp32. SwiGLU's inputs are kept in that format.
+// A block of an HRM on a CPU, forward and backward, over packed rows in fp32; its products may multiply in
+// bf16, and add in fp32. SwiGLU's inputs are kept in that format.
 //
 // Letters: T tokens of the stream, S those whose output is wanted, R rows, D hidden size, N heads,
 // K head width, A = N * K, M SwiGLU width, W tokens of a row.
