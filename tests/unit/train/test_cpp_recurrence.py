@@ -156,6 +156,9 @@ def test_the_next_step_takes_the_memory_of_the_last():
     blocks.pack()
     run(blocks, model)
     (kept,) = blocks._free
+    with torch.no_grad():  # a validation between them
+        tokens, positions, layout = stream(model.config, PADDING)
+        model.model(tokens, positions, blocks.rows(layout), None, None, blocks)
     run(blocks, model)
     assert len(blocks._free) == 1 and blocks._free[0].data_ptr() == kept.data_ptr()
 

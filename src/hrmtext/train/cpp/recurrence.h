@@ -33,7 +33,7 @@ struct Recurrence {
     int64_t num_blocks, blocks_per_stack, num_calls;
     const Block* blocks;
     const Rows *rows, *selected;  // `selected`: with the outputs that are wanted
-    float* d_flow;      // (T, D), and (S, D) behind it: gradients between blocks
+    float* d_flow;      // 2 x (T, D): gradients between blocks, and behind the last
     float* const* d_weights;  // of each block, as hrm_block_backward has them
 };
 }
@@ -101,7 +101,7 @@ class Walk {
             const bool is_first = at == 0, is_last = at + 1 == m.blocks_per_stack;
             const float* x = call.flow + at * call.flow_step;
             float* d_x = m.d_flow;
-            // Those of the outputs may be fewer than those of the tokens: a place of their own.
+            // Outputs may be fewer than tokens: their gradients have a place of their own.
             float* d_y = is_last ? d_x + m.rows->tokens * D : d_x;
             take(call, at);
             worker.backward(

@@ -118,7 +118,7 @@ class CppRecurrence(CppBlocks):
         return list(_RecurrenceFunction.apply(z_H, z_L, run, *self.weights))
 
     def _rotary_tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`rotary_tables` of these positions, looked up: computing them is 1 % of a small step."""
+        """`rotary_tables` of these positions, looked up: to compute them took 5 % of a small step."""
         needed = 1 + int(positions.max())
         if len(self._tables[0]) < needed:
             config, all_positions = self.config, torch.arange(max(needed, self.config.max_seq_len))
@@ -166,7 +166,8 @@ class _Run:
         step, last = self.rows.tokens * self.width, len(self.calls) - 1
         keeps = [call.carries_gradient and with_backward for call in self.stack_calls]
         sizes = [self._sizes(index) if kept else [] for index, kept in enumerate(keeps)]
-        self.saved = self.owner.take(sum(map(sum, sizes)))
+        # Validation leaves the memory of training steps alone.
+        self.saved = self.owner.take(sum(map(sum, sizes))) if any(keeps) else torch.empty(0)
         address = self.saved.data_ptr()
         # Calls of which nothing is kept go through this, in place but where tokens are selected.
         passing = torch.empty(step * (1 if self.selected is None else self.num_blocks + 1))
@@ -233,8 +234,7 @@ class _Run:
         count = len(self.owner.structs)
         addresses = {block: parts[0].data_ptr() for block, parts in d_weights.items()}
         pointers = (_P * count)(*(addresses.get(block) for block in range(count)))
-        outputs = self._rows(len(self.calls) - 1, self.num_blocks - 1).outputs
-        d_flow = torch.empty(self.rows.tokens + max(outputs, self.rows.tokens), self.width)
+        d_flow = torch.empty(2 * self.rows.tokens, self.width)
         self.recurrence.d_weights = ctypes.addressof(pointers)
         self.recurrence.d_flow = d_flow.data_ptr()
         self._compute(self.owner.library.hrm_recurrence_backward, is_backward=True)
