@@ -118,7 +118,7 @@ class CppRecurrence(CppBlocks):
         return list(_RecurrenceFunction.apply(z_H, z_L, run, *self.weights))
 
     def _rotary_tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`rotary_tables` of these positions, looked up: to compute them took 5 % of a small step."""
+        """`rotary_tables` of these positions, looked up: computing takes 5 % of a small step."""
         needed = 1 + int(positions.max())
         if len(self._tables[0]) < needed:
             config, all_positions = self.config, torch.arange(max(needed, self.config.max_seq_len))
