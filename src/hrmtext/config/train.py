@@ -190,7 +190,8 @@ class TrainConfig:
     small models on a CPU with a C++ compiler, unless another key asks for torch's."""
     loss: Literal["auto", "chunked", "compiled", "linear"] = "auto"
     """How the head's loss is computed, always in chunks: plain torch, compiled between the matrix
-    products, or torch's linear_cross_entropy; auto: compiled on CUDA, chunked elsewhere."""
+    products, or torch's linear_cross_entropy; auto: compiled on CUDA, a C++ kernel for a small head
+    beside C++ blocks, chunked elsewhere."""
     loss_chunk_bytes: int = 268_435_456
     """Logits are computed for so many rows at a time that their fp32 form stays below this."""
 

@@ -18,6 +18,7 @@ from hrmtext.model import AttentionPlan, HrmLM, make_plan
 from hrmtext.model.depth import Depth
 from hrmtext.model.layers import BlockCall
 from hrmtext.runtime.transfer import send
+from hrmtext.train.cpp import CppHead
 
 LossKernel = Literal["auto", "chunked", "compiled", "linear"]
 NUM_SUMS = 4
@@ -260,6 +261,7 @@ def forward_loss(
     call_block: BlockCall | None = None,
     kernel: LossKernel = "auto",
     early_weight: float = 0.0,
+    cpp_head: CppHead | None = None,
 ) -> TokenLoss:
     """The loss of one microbatch: only the supervised tokens reach the head.
 
@@ -267,11 +269,14 @@ def forward_loss(
         call_block: see `train.recompute`.
         early_weight: weight in `total` of the losses of earlier cycles; the other fields are the
             last cycle's alone.
+        cpp_head: computes the losses that suit it, in place of `kernel`.
     """
     states = model.model(batch.tokens, batch.positions, batch.plan, depth, batch.select, call_block)
     head = model.lm_head.weight
 
     def loss_of(state: torch.Tensor, weight: float) -> TokenLoss:
+        if cpp_head is not None and cpp_head.suits(state, head):
+            return TokenLoss(*cpp_head.loss(state, head, batch.labels, weight * scale))
         return cross_entropy(
             state, head, batch.labels, scale=weight * scale, chunk_bytes=chunk_bytes, kernel=kernel
         )

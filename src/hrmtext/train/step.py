@@ -17,7 +17,7 @@ from hrmtext.errors import BackendError, NonFiniteError
 from hrmtext.model.depth import Depth
 from hrmtext.model.layers import BlockCall
 from hrmtext.runtime import dist
-from hrmtext.train.cpp import CppBlocks, choose_blocks
+from hrmtext.train.cpp import CppBlocks, CppHead, choose_blocks
 from hrmtext.train.loss import NUM_SUMS, Microbatch, forward_loss, step_sums
 from hrmtext.train.modules import Modules
 from hrmtext.train.optim import AdamAtan2, local
@@ -63,10 +63,13 @@ class TrainStep:
         self.config = config
         self.device = device
         self.blocks: CppBlocks | None = None
+        self.cpp_head: CppHead | None = None
         if isinstance(compute, ComputeModel):
             self.blocks = choose_blocks(compute.master, config, device, compute.dtype)
             if self.blocks is not None:
                 compute.use_master()
+                if config.loss == "auto":
+                    self.cpp_head = CppHead(self.blocks.dtype)
         elif config.block_kernel == "cpp":
             raise BackendError(
                 "block_kernel=cpp needs whole weights, and parallel spreads them over the ranks; "
@@ -156,6 +159,7 @@ class TrainStep:
                     call_block=call_block,
                     kernel=self.config.loss,
                     early_weight=self.config.elastic.early_loss_weight,
+                    cpp_head=self.cpp_head,
                 )
             self.compute.backward(loss.total)
             if len(micro.labels):  # padding alone is no row

@@ -2,6 +2,7 @@
 
 from hrmtext.train.cpp.blocks import CppBlocks
 from hrmtext.train.cpp.choice import choose_blocks
+from hrmtext.train.cpp.head import CppHead
 from hrmtext.train.cpp.recurrence import CppRecurrence
 
-__all__ = ["CppBlocks", "CppRecurrence", "choose_blocks"]
+__all__ = ["CppBlocks", "CppHead", "CppRecurrence", "choose_blocks"]
