@@ -189,9 +189,9 @@ class TrainConfig:
     """What computes the blocks: torch operations, or a C++ kernel for CPUs; auto: the kernel for
     small models on a CPU with a C++ compiler, unless another key asks for torch's."""
     loss: Literal["auto", "chunked", "compiled", "linear"] = "auto"
-    """How the head's loss is computed, always in chunks: plain torch, compiled between the matrix
-    products, or torch's linear_cross_entropy; auto: compiled on CUDA, a C++ kernel for a small head
-    beside C++ blocks, chunked elsewhere."""
+    """How the head's loss is computed, in chunks: plain torch, compiled between the products, or
+    torch's linear_cross_entropy; auto: compiled on CUDA, all at once by a C++ kernel for a small
+    head beside C++ blocks, chunked elsewhere."""
     loss_chunk_bytes: int = 268_435_456
     """Logits are computed for so many rows at a time that their fp32 form stays below this."""
 

@@ -17,7 +17,7 @@ from hrmtext.errors import BackendError, NonFiniteError
 from hrmtext.model.depth import Depth
 from hrmtext.model.layers import BlockCall
 from hrmtext.runtime import dist
-from hrmtext.train.cpp import CppBlocks, CppHead, choose_blocks
+from hrmtext.train.cpp import CppBlocks, CppHead, choose_blocks, choose_head
 from hrmtext.train.loss import NUM_SUMS, Microbatch, forward_loss, step_sums
 from hrmtext.train.modules import Modules
 from hrmtext.train.optim import AdamAtan2, local
@@ -68,8 +68,7 @@ class TrainStep:
             self.blocks = choose_blocks(compute.master, config, device, compute.dtype)
             if self.blocks is not None:
                 compute.use_master()
-                if config.loss == "auto":
-                    self.cpp_head = CppHead(self.blocks.dtype)
+                self.cpp_head = choose_head(config, self.blocks.dtype)
         elif config.block_kernel == "cpp":
             raise BackendError(
                 "block_kernel=cpp needs whole weights, and parallel spreads them over the ranks; "

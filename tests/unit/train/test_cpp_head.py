@@ -5,10 +5,11 @@ import torch
 from memory_source import MemorySource, random_rows, small_config
 from test_cpp_blocks import FORMATS, WIDE, using
 
+from hrmtext.errors import BackendError
 from hrmtext.model import Depth
 from hrmtext.runtime.native import compiler
 from hrmtext.train.build import build_compute
-from hrmtext.train.cpp import CppHead
+from hrmtext.train.cpp import CppHead, choose_head
 from hrmtext.train.cpp import head as head_module
 from hrmtext.train.loss import cross_entropy
 from hrmtext.train.optim import AdamAtan2
@@ -124,3 +125,20 @@ def test_a_run_with_cpp_blocks_takes_it_and_follows_the_run_that_names_another()
         return torch.tensor([[float(r.sums[0]), r.gradient_norm] for r in results])
 
     torch.testing.assert_close(run("auto"), run("chunked"), rtol=2e-4, atol=0)
+
+
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_a_kernel_that_computes_wrongly_is_not_used(monkeypatch, caplog, dtype):
+    def chosen(kernel):
+        return choose_head(small_config(block_kernel=kernel), dtype)
+
+    assert chosen("auto") is not None
+    honest = CppHead.compute
+
+    def wrong(self, hidden, weight, labels, scale, gradients):
+        return honest(self, hidden, weight * 1.1, labels, scale, gradients)
+
+    monkeypatch.setattr(CppHead, "compute", wrong)
+    with pytest.raises(BackendError, match="loss differs"):
+        chosen("cpp")
+    assert chosen("auto") is None and "slower" in caplog.text

@@ -12,6 +12,7 @@ from hrmtext.model.layers import rotary_tables
 from hrmtext.runtime.log import logger
 from hrmtext.runtime.native import compiler
 from hrmtext.train.cpp.blocks import CppBlocks, why_not
+from hrmtext.train.cpp.head import CppHead
 from hrmtext.train.cpp.recurrence import CppRecurrence
 
 WIDEST = 768
@@ -54,6 +55,48 @@ def choose_blocks(
         logger.warning("block_kernel=auto takes torch, which is slower: %s", error)
         return None
     return blocks
+
+
+def choose_head(config: TrainConfig, dtype: torch.dtype) -> CppHead | None:
+    """What computes the loss of a small head beside C++ blocks; None: torch.
+
+    Args:
+        dtype: the format in which the blocks multiply.
+
+    Raises:
+        BackendError: `block_kernel` is cpp, and this machine's kernel is unfit.
+    """
+    if config.loss != "auto":
+        return None
+    try:
+        head = CppHead(dtype)
+        _probe_head(head)
+    except BackendError as error:
+        if config.block_kernel == "cpp":
+            raise
+        logger.warning("loss=auto takes torch, which is slower: %s", error)
+        return None
+    return head
+
+
+def _probe_head(head: CppHead) -> None:
+    """Refuse a kernel that does not compute a loss and its gradients as torch does."""
+    draw = torch.Generator().manual_seed(0)
+    state, weight = (torch.randn(rows, 64, generator=draw).requires_grad_() for rows in (70, 96))
+    labels = torch.arange(70)
+    ours = head.loss(state, weight, labels, 1.0)[0]
+    theirs = torch.nn.functional.cross_entropy(state @ weight.T, labels, reduction="sum")
+    found = [ours, *torch.autograd.grad(ours, (state, weight))]
+    expected = [theirs, *torch.autograd.grad(theirs, (state, weight))]
+    unit = torch.finfo(head.dtype).eps
+    for name, a, b in zip(("loss", "gradient", "gradient"), found, expected, strict=True):
+        error = float((a - b).detach().abs().max())
+        allowed = PROBE_UNITS[head.dtype] * unit * float(b.detach().abs().max())
+        if not error <= allowed:
+            raise BackendError(
+                f"the C++ head's {name} differs from torch's by {error:.2e}, expected at most "
+                f"{allowed:.2e}; use loss=chunked and report the compiler and processor"
+            )
 
 
 def _against(config: TrainConfig, device: torch.device) -> str | None:
