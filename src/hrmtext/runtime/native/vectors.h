@@ -214,3 +214,12 @@ static inline uint16_t to_bf16(float x) {
     if ((bits & 0x7fffffffu) > 0x7f800000u) return uint16_t((bits >> 16) | 0x40);  // NaN stays NaN
     return uint16_t((bits + 0x7fffu + ((bits >> 16) & 1)) >> 16);
 }
+
+// Calls work with a number of the products' format: of bf16, where that is asked for, or of fp32.
+template <class Work>
+void in_format([[maybe_unused]] bool bf16, const Work& work) {
+#if defined(__AVX512BF16__)
+    if (bf16) return work(Bf16{});
+#endif
+    work(float{});
+}

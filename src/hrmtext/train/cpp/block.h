@@ -396,12 +396,3 @@ class Worker {
     float *gqkv, *attended, *middle;
     E* gate_up;
 };
-
-// Calls work with a number of the products' format.
-template <class Work>
-void in_format([[maybe_unused]] const Block& b, const Work& work) {
-#if defined(__AVX512BF16__)
-    if (b.bf16) return work(Bf16{});
-#endif
-    work(float{});
-}

@@ -10,7 +10,7 @@ extern "C" int64_t hrm_block_gap() { return GAP; }
 // Floats of workspace that each thread needs.
 extern "C" int64_t hrm_block_workspace(const Block* block, const Rows* rows, int64_t is_backward) {
     int64_t used = 0;
-    in_format(*block, [&](auto format) {
+    in_format(block->bf16, [&](auto format) {
         used = Worker<decltype(format)>(*block, *rows, is_backward != 0, Arena(nullptr)).used;
     });
     return used;
@@ -21,7 +21,7 @@ extern "C" void hrm_block_pack(const Block* block, const float* gqkv, const floa
                                const float* gate_up, const float* down, int64_t threads) {
     const int64_t A = block->heads * block->head_dim, D = block->hidden, M = block->mlp;
     on_threads(threads, [&](int64_t thread) {
-        in_format(*block, [&](auto format) {
+        in_format(block->bf16, [&](auto format) {
             auto both = [&](const float* weight, int64_t outputs, int64_t inputs, bool in_turn,
                             void* packed, void* transposed) {
                 using E = decltype(format);
@@ -60,7 +60,7 @@ extern "C" void hrm_norm_backward(const float* x, const float* d_y, float* d_x, 
 extern "C" void hrm_block_forward(const Block* block, const Rows* rows, const Saved* saved,
                                   const float* x, float* y, float* workspace, int64_t own) {
     on_threads(rows->threads, [&](int64_t thread) {
-        in_format(*block, [&](auto format) {
+        in_format(block->bf16, [&](auto format) {
             Worker<decltype(format)> worker(*block, *rows, false, Arena(workspace + thread * own));
             worker.take(*block, *rows, *saved);
             worker.forward(thread, x, y, nothing, nothing);
@@ -77,7 +77,7 @@ extern "C" void hrm_block_backward(const Block* block, const Rows* rows, const S
                                    float* workspace, int64_t own) {
     Sums sums(rows->threads);
     on_threads(rows->threads, [&](int64_t thread) {
-        in_format(*block, [&](auto format) {
+        in_format(block->bf16, [&](auto format) {
             Worker<decltype(format)> worker(*block, *rows, true, Arena(workspace + thread * own));
             worker.take(*block, *rows, *saved);
             worker.backward(thread, x, d_y, d_x, nothing, nothing);
@@ -93,7 +93,7 @@ extern "C" void hrm_block_backward(const Block* block, const Rows* rows, const S
 extern "C" void hrm_recurrence_forward(const Recurrence* recurrence, const Call* calls,
                                        float* workspace, int64_t own) {
     on_threads(recurrence->rows->threads, [&](int64_t thread) {
-        in_format(recurrence->blocks[0], [&](auto format) {
+        in_format(recurrence->blocks[0].bf16, [&](auto format) {
             const Arena arena(workspace + thread * own);
             Walk<decltype(format)>(*recurrence, calls, thread, false, arena).forward();
         });
@@ -104,7 +104,7 @@ extern "C" void hrm_recurrence_backward(const Recurrence* recurrence, const Call
                                         float* workspace, int64_t own) {
     Sums sums(recurrence->rows->threads);
     on_threads(recurrence->rows->threads, [&](int64_t thread) {
-        in_format(recurrence->blocks[0], [&](auto format) {
+        in_format(recurrence->blocks[0].bf16, [&](auto format) {
             const Arena arena(workspace + thread * own);
             Walk<decltype(format)>(*recurrence, calls, thread, true, arena).backward(sums);
         });

@@ -108,15 +108,6 @@ class Loss {
     float *logits, *scratch;
 };
 
-// Calls work with a number of the products' format.
-template <class Work>
-void in_format([[maybe_unused]] const Head& head, const Work& work) {
-#if defined(__AVX512BF16__)
-    if (head.bf16) return work(Bf16{});
-#endif
-    work(float{});
-}
-
 }  // namespace
 
 extern "C" int64_t hrm_head_lanes() { return LANES; }
@@ -124,14 +115,14 @@ extern "C" int64_t hrm_head_lanes() { return LANES; }
 // Floats of workspace.
 extern "C" int64_t hrm_head_workspace(const Head* head) {
     int64_t used = 0;
-    in_format(*head, [&](auto format) { used = Loss<decltype(format)>(*head, Arena(nullptr)).used; });
+    in_format(head->bf16, [&](auto format) { used = Loss<decltype(format)>(*head, Arena(nullptr)).used; });
     return used;
 }
 
 extern "C" void hrm_head_loss(const Head* head, float* workspace) {
     Barrier barrier{int(head->threads)};
     on_threads(head->threads, [&](int64_t thread) {
-        in_format(*head, [&](auto format) {
+        in_format(head->bf16, [&](auto format) {
             Loss<decltype(format)>(*head, Arena(workspace)).run(thread, barrier);
         });
     });
