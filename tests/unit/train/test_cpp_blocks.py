@@ -87,6 +87,14 @@ def gradients(model, batch, plan, depth, select, call_block=None):
     return {"output": out.detach(), **found}
 
 
+def by_angle(config):
+    """Rows of gqkv as they are computed: of queries and keys both halves of a head in turn."""
+    heads, lanes = config.num_heads, blocks_module.library().hrm_block_lanes()
+    gate, *rotated, values = torch.arange(4 * heads * config.head_dim).chunk(4)
+    halves = [part.view(heads, 2, -1, lanes).transpose(1, 2).flatten() for part in rotated]
+    return torch.cat([gate, *halves, values])
+
+
 def largest(tensor):
     return float(tensor.abs().max()) if tensor.numel() else 0.0
 
@@ -117,16 +125,18 @@ def test_output_and_every_gradient_are_the_modules_within_the_error_of_its_forma
                 assert rows.threads in (1, threads)
                 found = gradients(model, batch, rows, None, select, blocks)
             assert found.keys() == plain.keys() == expected.keys()
+            ratios = []
             for name, value in expected.items():
                 rounding = 2e-6 * largest(value)
                 budget = 4 * largest(plain[name] - value) + rounding
                 assert largest(found[name] - value) <= budget, (name, threads)
-                if dtype == torch.float32:
-                    continue
-                # In bf16 the kernel keeps in fp32 what the module rounds: it is nearer, though not
-                # in every single number.
-                budget = 0.75 * spread(plain[name] - value) + rounding
-                assert spread(found[name] - value) <= budget, (name, threads)
+                error, theirs = spread(found[name] - value), spread(plain[name] - value)
+                ratios.append(error / (theirs + rounding) if rounding else 0.0)
+            if dtype == torch.float32:
+                continue
+            # In bf16 the kernel keeps in fp32 what the module rounds: it is nearer, by far in sum.
+            assert max(ratios) <= 0.9, threads
+            assert sum(ratios) / len(ratios) <= 0.6, threads
 
 
 @pytest.mark.parametrize("piece", [1, 30, 70])
@@ -182,7 +192,8 @@ def test_a_circle_of_rows_is_shared_and_gives_the_same(monkeypatch, kind):
 
 @pytest.mark.parametrize("dtype", FORMATS)
 def test_weights_are_packed_anew_as_they_are_read(dtype):
-    model = build_model(preset("test", **WIDE), seed=1)
+    config = preset("test", **WIDE)
+    model = build_model(config, seed=1)
     block, lanes = model.model.H_module.layers[0], blocks_module.library().hrm_block_lanes()
     blocks = CppBlocks(model, dtype)
     how = {"lanes": lanes, "bf16": dtype == torch.bfloat16}
@@ -195,7 +206,8 @@ def test_weights_are_packed_anew_as_they_are_read(dtype):
             blocks_module._WEIGHTS, blocks_module.linears_of(block), strict=True
         ):
             weight = linear.weight.detach()
-            expected = (alternate if name == "gate_up" else pack_columns)(weight, **how)
+            expected = weight[by_angle(config)] if name == "gqkv" else weight
+            expected = (alternate if name == "gate_up" else pack_columns)(expected, **how)
             assert torch.equal(found[name], expected.flatten()), name
             assert torch.equal(found[f"{name}_t"], pack_columns(weight.T, **how).flatten()), name
 

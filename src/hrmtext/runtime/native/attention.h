@@ -1,5 +1,5 @@
-// Attention of one head within one row, forward and backward. What it reads and gives is in fp32; its
-// products multiply numbers in a format of their own and add in fp32, as softmax is.
+// Attention of one head within one row, forward and backward. What it reads is in the format of its
+// products' inputs; sums, softmax and what it gives are in fp32.
 //
 // Letters: W tokens of the row, K head width.
 #pragma once
@@ -14,10 +14,11 @@
 #include "vectors.h"
 
 // One head of a row: its tokens are `stride` apart, those of what it gives `out_stride`.
+template <class E>
 struct Head {
     int64_t width, first;     // W; the first token whose output is wanted
     const int64_t* visible;   // (W) first position that a token does not see
-    const float *q, *k, *v;
+    const E *q, *k, *v;
     int64_t stride;
     float* out;
     int64_t out_stride;
@@ -25,31 +26,13 @@ struct Head {
     int64_t logsum_stride;
 };
 
+template <class E>
 struct HeadGradients {
-    const float* d_out;  // as `out`
+    const E* d_out;  // as `out`
     int64_t out_stride;
     float *q, *k, *v;
     int64_t stride;
 };
-
-// Rows as a product of the format E takes them: the same, or rounded into `into` without gaps.
-template <class E>
-struct Operand {
-    const E* rows;
-    int64_t stride;
-};
-inline Operand<float> operand_of(const float* x, int64_t stride, int64_t, int64_t, float*) {
-    return {x, stride};
-}
-#if defined(__AVX512BF16__)
-inline Operand<Bf16> operand_of(const float* x, int64_t stride, int64_t rows, int64_t columns,
-                                Bf16* into) {
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t i = 0; i < columns; i += LANES)
-            put(into + row * columns + i, load(x + row * stride + i));
-    return {into, columns};
-}
-#endif
 
 // Where numbers of a product's format go that are computed from `count` in fp32.
 inline float* beside(float, float* numbers, int64_t, Arena&) { return numbers; }
@@ -59,7 +42,7 @@ inline Bf16* beside(Bf16, float*, int64_t count, Arena& arena) {
 }
 #endif
 
-// `E`: the format of the products' inputs, float or Bf16.
+// `E`: float or Bf16.
 template <class E>
 class RowAttention {
   public:
@@ -69,21 +52,19 @@ class RowAttention {
         packed = arena.take<E>(across * K);
         scores = arena.take<float>(longest * across);
         weights = beside(E{}, scores, longest * across, arena);
-        q_rows = arena.take<E>(longest * K);
         scales = arena.take<float>(longest);
         for (int l = 0; l < LANES; ++l) lanes[l] = l;
         if (!is_backward) return;
         d_scores = arena.take<float>(longest * across);
         d_weights = beside(E{}, d_scores, longest * across, arena);
-        d_out_rows = arena.take<E>(longest * K);
         scratch = arena.take<float>(crossed_scratch(K));
     }
 
-    void forward(const Head& h) {
+    void forward(const Head<E>& h) {
         const int64_t queries = h.width - h.first, across = columns(h.width);
-        const Operand<E> q = operand_of(h.q + h.first * h.stride, h.stride, queries, K, q_rows);
+        const E* q = h.q + h.first * h.stride;
         pack_tokens(h.k, h);
-        product(packed, q.rows, q.stride, K, queries, blocks(across), Put{scores, across});
+        product(packed, q, h.stride, K, queries, blocks(across), Put{scores, across});
         for (int64_t i = 0; i < queries; ++i) {
             const int64_t seen = h.visible[h.first + i];
             const float* here = scores + i * across;
@@ -113,20 +94,18 @@ class RowAttention {
     }
 
     // Gradients of keys and values of all tokens, and of queries from the first wanted one.
-    void backward(const Head& h, const HeadGradients& d) {
+    void backward(const Head<E>& h, const HeadGradients<E>& d) {
         const int64_t queries = h.width - h.first, across = columns(h.width);
-        const float* d_out_here = d.d_out + h.first * d.out_stride;
-        const Operand<E> q = operand_of(h.q + h.first * h.stride, h.stride, queries, K, q_rows);
-        const Operand<E> d_out = operand_of(d_out_here, d.out_stride, queries, K, d_out_rows);
+        const E *q = h.q + h.first * h.stride, *d_out = d.d_out + h.first * d.out_stride;
         pack_tokens(h.k, h);
-        product(packed, q.rows, q.stride, K, queries, blocks(across), Put{scores, across});
+        product(packed, q, h.stride, K, queries, blocks(across), Put{scores, across});
         pack_tokens(h.v, h);
-        product(packed, d_out.rows, d_out.stride, K, queries, blocks(across), Put{d_scores, across});
+        product(packed, d_out, d.out_stride, K, queries, blocks(across), Put{d_scores, across});
         for (int64_t i = 0; i < queries; ++i) {
             const float* out = h.out + (h.first + i) * h.out_stride;
             Vec dots{};
             for (int64_t k = 0; k < K; k += LANES)
-                dots += load(out + k) * load(d_out_here + i * d.out_stride + k);
+                dots += load(out + k) * get(d_out + i * d.out_stride + k);
             const float dot = sum(dots), logsum = h.logsum[(h.first + i) * h.logsum_stride];
             const int64_t seen = h.visible[h.first + i], at = i * across;
             for (int64_t j = 0; j < across; j += LANES) {
@@ -136,9 +115,9 @@ class RowAttention {
                 put(d_weights + at + j, weight * (d_weight - dot) * shrink);
             }
         }
-        crossed_product(weights, across, d_out.rows, d_out.stride, queries, h.width, K, d.v, d.stride,
+        crossed_product(weights, across, d_out, d.out_stride, queries, h.width, K, d.v, d.stride,
                         false, scratch);
-        crossed_product(d_weights, across, q.rows, q.stride, queries, h.width, K, d.k, d.stride, false,
+        crossed_product(d_weights, across, q, h.stride, queries, h.width, K, d.k, d.stride, false,
                         scratch);
         pack_dimensions(h.k, h);
         product(packed, d_weights, across, whole(h.width), queries, blocks(K),
@@ -154,13 +133,13 @@ class RowAttention {
     IntVec is_seen(int64_t from, int64_t seen) const { return lanes + int32_t(from) < int32_t(seen); }
 
     // Keys or values with tokens as columns.
-    void pack_tokens(const float* x, const Head& h) {
+    void pack_tokens(const E* x, const Head<E>& h) {
         for (int64_t j = 0; j < columns(h.width); j += LANES)
             pack_rows(x + j * h.stride, h.stride, h.width - j, K, packed + j * K);
     }
 
     // The same with their dimensions as columns, over `whole(W)` tokens.
-    void pack_dimensions(const float* x, const Head& h) {
+    void pack_dimensions(const E* x, const Head<E>& h) {
         for (int64_t k = 0; k < K; k += LANES)
             pack_columns(x + k, h.stride, h.width, packed + k * whole(h.width));
     }
@@ -170,6 +149,6 @@ class RowAttention {
     const int64_t K;
     const float shrink;
     IntVec lanes;
-    E *packed, *weights, *q_rows, *d_weights = nullptr, *d_out_rows = nullptr;
+    E *packed, *weights, *d_weights = nullptr;
     float *scores, *scales, *d_scores = nullptr, *scratch = nullptr;
 };

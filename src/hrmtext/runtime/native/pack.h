@@ -34,27 +34,41 @@ inline void pack_rows(const float* from, int64_t stride, int64_t columns, int64_
     }
 }
 inline void pack_columns(const float* from, int64_t stride, int64_t count, Bf16* to) {
-    Bf16 two[2 * LANES];
     for (int64_t k = 0; k < count; k += 2) {
-        const bool is_last = k + 1 == count;
-        put(two, load(from + k * stride));
-        if (!is_last) put(two + LANES, load(from + (k + 1) * stride));
-        _mm512_storeu_si512(to + k * LANES, two_rows(two, LANES, is_last));
+        const __m512 low = (__m512)load(from + k * stride);
+        const __m512 high = k + 1 < count ? (__m512)load(from + (k + 1) * stride) : _mm512_setzero_ps();
+        _mm512_storeu_si512(to + k * LANES, interleave((__m512i)_mm512_cvtne2ps_pbh(high, low)));
     }
+}
+// The same of numbers that are bf16 already.
+inline void pack_rows(const Bf16* from, int64_t stride, int64_t columns, int64_t count, Bf16* to) {
+    for (int64_t k = 0; k < count; k += 2 * LANES) {
+        __m512 row[16];
+        for (int l = 0; l < 16; ++l)
+            row[l] = l < columns ? _mm512_loadu_ps(from + l * stride + k) : _mm512_setzero_ps();
+        transpose(row);
+        for (int pair = 0; pair < 16; ++pair) _mm512_storeu_ps(to + (k + 2 * pair) * LANES, row[pair]);
+    }
+}
+inline void pack_columns(const Bf16* from, int64_t stride, int64_t count, Bf16* to) {
+    for (int64_t k = 0; k < count; k += 2)
+        _mm512_storeu_si512(to + k * LANES, two_rows(from + k * stride, stride, k + 1 == count));
 }
 #endif
 
-// A thread's blocks of a packed weight (outputs, inputs), of its transpose, or of two in turn, as gate
-// and up, of which `weight` has the first in its first half.
-template <class E>
-void pack(const float* weight, int64_t outputs, int64_t inputs, bool transposed, bool in_turn,
+// Blocks of columns as they come.
+constexpr auto in_order = [](int64_t block) { return block * LANES; };
+
+// A thread's blocks of a packed weight (outputs, inputs), or of its transpose; order(block) is the
+// first column of a block.
+template <class E, class Order>
+void pack(const float* weight, int64_t outputs, int64_t inputs, bool transposed, const Order& order,
           int64_t thread, int64_t threads, void* packed) {
     const int64_t columns = transposed ? inputs : outputs, count = transposed ? outputs : inputs;
-    const int64_t blocks = columns / LANES;
-    const Range mine = part(blocks, thread, threads);
+    const Range mine = part(columns / LANES, thread, threads);
     for (int64_t block = mine.begin; block < mine.end; ++block) {
         E* out = static_cast<E*>(packed) + block * LANES * count;
-        const int64_t from = (in_turn ? block / 2 + block % 2 * (blocks / 2) : block) * LANES;
+        const int64_t from = order(block);
         if (transposed) pack_columns(weight + from, inputs, count, out);
         else pack_rows(weight + from * inputs, inputs, LANES, count, out);
     }

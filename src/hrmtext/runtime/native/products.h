@@ -4,31 +4,49 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <utility>
 
 #include "threads.h"
 #include "vectors.h"
 
-// acc[r][b] += the products of row r with the columns of block b, over `count` inputs; input k of row
-// r is x[r * stride + k * step], blocks lie `block_stride` apart.
-template <int ROWS, int BLOCKS, class T>
-inline void tile(const T* w, int64_t block_stride, int64_t block_step, const T* x, int64_t stride,
-                 int64_t step, int64_t count, Vec (&acc)[ROWS][BLOCKS]) {
-    Vec sums[ROWS][BLOCKS];  // not `acc`, which for all the compiler knows `x` may point to
-    for (int r = 0; r < ROWS; ++r)
-        for (int b = 0; b < BLOCKS; ++b) sums[r][b] = acc[r][b];
+// Calls f of the constants 0 to COUNT - 1: what they index stays in registers, which compilers do not
+// see in time where they unroll loops.
+template <class F, int... I>
+inline void each_of(const F& f, std::integer_sequence<int, I...>) {
+    (f(std::integral_constant<int, I>{}), ...);
+}
+template <int COUNT, class F>
+inline void each(const F& f) {
+    each_of(f, std::make_integer_sequence<int, COUNT>{});
+}
+
+// Sums of products of row r with the columns of block b over `count` inputs: input k of row r is
+// x[r * stride + k], or x[k * TILE_ROWS + r] if CROSSED; blocks lie `block_stride` apart. Those of row r
+// are put into sums[r * sum_stride], one block behind the other; `adds`: to what is there. Not inlined:
+// compilers then spill what it holds.
+template <int ROWS, int BLOCKS, bool CROSSED, class T>
+__attribute__((noinline, flatten)) void tile(const T* w, int64_t block_stride, const T* x, int64_t stride,
+                                             int64_t count, float* sums, int64_t sum_stride, bool adds) {
+    typedef typename Factor<T>::Many Many;
+    Vec acc[ROWS * BLOCKS];
+    each<ROWS * BLOCKS>([&](auto i) { acc[i] = Vec{}; });
     for (int64_t k = 0; k < count; ++k) {
-        typename Factor<T>::Many weights[BLOCKS];
-        for (int b = 0; b < BLOCKS; ++b) {
-            weights[b] = Factor<T>::load(w + b * block_stride + k * block_step);
+        Many weights[BLOCKS];
+        each<BLOCKS>([&](auto b) {
+            weights[b] = Factor<T>::load(w + b * block_stride + k * LANES);
             if (ROWS > 1) keep(weights[b]);
-        }
-        for (int r = 0; r < ROWS; ++r) {
-            const typename Factor<T>::Many value = Factor<T>::spread(x[r * stride + k * step]);
-            for (int b = 0; b < BLOCKS; ++b) Factor<T>::add(sums[r][b], value, weights[b]);
-        }
+        });
+        each<ROWS>([&](auto r) {
+            const Many value = Factor<T>::spread(x[CROSSED ? k * TILE_ROWS + r : r * stride + k]);
+            each<BLOCKS>([&](auto b) { Factor<T>::add(acc[r * BLOCKS + b], value, weights[b]); });
+        });
     }
-    for (int r = 0; r < ROWS; ++r)
-        for (int b = 0; b < BLOCKS; ++b) acc[r][b] = sums[r][b];
+    each<ROWS>([&](auto r) {
+        each<BLOCKS>([&](auto b) {
+            float* to = sums + r * sum_stride + b * LANES;
+            store(to, adds ? load(to) + acc[r * BLOCKS + b] : acc[r * BLOCKS + b]);
+        });
+    });
 }
 
 constexpr int64_t NEAR_ROWS = 5 * TILE_ROWS, NEAR_INPUTS = 128;
@@ -44,45 +62,30 @@ inline auto ask_for(const Finish& finish, int64_t row, int64_t block, int)
 template <class Finish>
 inline void ask_for(const Finish&, int64_t, int64_t, long) {}
 
-// Inputs [inputs) of a tile: begun or continued, kept in `between` or finished.
-template <int ROWS, int BLOCKS, class T, class Finish>
-inline void piece_tile(const T* w, const T* x, int64_t stride, int64_t all, Range inputs,
-                       int64_t row, int64_t block, float* between, const Finish& finish) {
-    for (int r = 0; r < ROWS && inputs.end == all; ++r)
-        for (int b = 0; b < BLOCKS; b += 2) ask_for(finish, row + r, block + b, 0);
-    Vec acc[ROWS][BLOCKS] = {};
-    if (inputs.begin > 0)
-        for (int r = 0; r < ROWS; ++r)
-            for (int b = 0; b < BLOCKS; ++b) acc[r][b] = load(between + (r * BLOCKS + b) * LANES);
-    tile<ROWS, BLOCKS>(w + (block * all + inputs.begin) * LANES, all * LANES, LANES,
-                       x + row * stride + inputs.begin, stride, 1, inputs.end - inputs.begin, acc);
-    if (inputs.end < all) {
-        for (int r = 0; r < ROWS; ++r)
-            for (int b = 0; b < BLOCKS; ++b) store(between + (r * BLOCKS + b) * LANES, acc[r][b]);
-        return;
-    }
-    for (int r = 0; r < ROWS; ++r)
-        for (int b = 0; b < BLOCKS; b += 2) finish(row + r, block + b, acc[r][b], acc[r][b + 1]);
+// Inputs [inputs) of a tile, begun or continued; the sums are in `sums`, (ROWS, BLOCKS, LANES).
+template <int ROWS, int BLOCKS, class T>
+inline void piece_tile(const T* w, const T* x, int64_t stride, int64_t all, Range inputs, int64_t block,
+                       float* sums) {
+    tile<ROWS, BLOCKS, false>(w + (block * all + inputs.begin) * LANES, all * LANES, x + inputs.begin,
+                              stride, inputs.end - inputs.begin, sums, BLOCKS * LANES, inputs.begin > 0);
 }
 
-template <int ROWS, class T, class Finish>
-inline void rows_tile(int64_t count, const T* w, const T* x, int64_t stride, int64_t all,
-                      Range inputs, int64_t row, int64_t block, float* between,
-                      const Finish& finish) {
+template <int ROWS, class T>
+inline void rows_tile(int64_t count, const T* w, const T* x, int64_t stride, int64_t all, Range inputs,
+                      int64_t block, float* sums) {
     if constexpr (ROWS > 0) {
-        if (count == ROWS)
-            piece_tile<ROWS, 2>(w, x, stride, all, inputs, row, block, between, finish);
-        else
-            rows_tile<ROWS - 1>(count, w, x, stride, all, inputs, row, block, between, finish);
+        if (count == ROWS) piece_tile<ROWS, 2>(w, x, stride, all, inputs, block, sums);
+        else rows_tile<ROWS - 1>(count, w, x, stride, all, inputs, block, sums);
     }
 }
 
 // Blocks [range) of the product of rows, `stride` apart, with packed weights, two blocks at a time;
-// `finish(row, block, left, right)` gets the sums. Not inlined: compilers then spill what tiles hold.
+// `finish(row, block, left, right)` gets the sums, in a loop: a copy for each sum is slower to fetch
+// than what it computes. It is copied, so that what it holds by value may stay in registers.
 template <class T, class Finish>
-__attribute__((noinline)) void near_product(const T* w, const T* x, int64_t stride, int64_t inputs,
-                                            int64_t rows, Range range, const Finish& finish) {
-    float between[NEAR_ROWS * 2 * LANES];
+__attribute__((flatten)) void near_product(const T* w, const T* x, int64_t stride, int64_t inputs,
+                                           int64_t rows, Range range, const Finish finish) {
+    alignas(64) float between[NEAR_ROWS * 2 * LANES];
     const int64_t pieces = (rows + NEAR_ROWS - 1) / NEAR_ROWS;
     for (int64_t piece = 0; piece < pieces; ++piece) {
         const Range here = part(rows, piece, pieces);  // of like size, as their tiles are
@@ -92,9 +95,16 @@ __attribute__((noinline)) void near_product(const T* w, const T* x, int64_t stri
                 const Range some{k, k + NEAR_INPUTS < inputs ? k + NEAR_INPUTS : inputs};
                 for (int64_t t = 0; t < tiles; ++t) {
                     const Range mine = part(count, t, tiles);
-                    rows_tile<TILE_ROWS>(mine.end - mine.begin, w, x, stride, inputs, some,
-                                         here.begin + mine.begin, block,
-                                         between + mine.begin * 2 * LANES, finish);
+                    float* sums = between + mine.begin * 2 * LANES;
+                    const int64_t first = here.begin + mine.begin, size = mine.end - mine.begin;
+                    const bool is_last = some.end == inputs;
+                    for (int64_t r = 0; is_last && r < size; ++r) ask_for(finish, first + r, block, 0);
+                    rows_tile<TILE_ROWS>(size, w, x + first * stride, stride, inputs, some, block, sums);
+#pragma GCC unroll 4
+                    for (int64_t r = 0; is_last && r < size; ++r) {
+                        const float* sum = sums + r * 2 * LANES;
+                        finish(first + r, block, load(sum), load(sum + LANES));
+                    }
                 }
             }
     }
@@ -105,8 +115,12 @@ template <class T, class Finish>
 void product(const T* w, const T* x, int64_t stride, int64_t inputs, int64_t rows, Range range,
              const Finish& finish) {
     if (rows == 1)  // enough sums at once to hide the latency of one
-        for (; range.begin + 8 <= range.end; range.begin += 8)
-            piece_tile<1, 8>(w, x, stride, inputs, Range{0, inputs}, 0, range.begin, nullptr, finish);
+        for (; range.begin + 8 <= range.end; range.begin += 8) {
+            alignas(64) float sums[8 * LANES];
+            piece_tile<1, 8>(w, x, stride, inputs, Range{0, inputs}, range.begin, sums);
+            for (int64_t b = 0; b < 8; b += 2)
+                finish(0, range.begin + b, load(sums + b * LANES), load(sums + (b + 1) * LANES));
+        }
     const int64_t pair = 2 * LANES * inputs * int64_t(sizeof(T));  // bytes of two blocks
     const int64_t group = 2 * std::max<int64_t>(1, NEAR_BYTES / pair);
     for (; range.begin < range.end; range.begin += group) {
@@ -168,11 +182,10 @@ inline int64_t copy_left(const float* x, int64_t stride, int64_t count, int64_t 
 // In bf16 two rows lie together, an odd last one beside zeros. Both read LANES columns at a time.
 inline __m512i two_rows(const Bf16* x, int64_t stride, bool is_last) {
     const __m256i none = _mm256_setzero_si256();
-    const __m256i one = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
-    const __m256i two =
+    const __m256i low = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x));
+    const __m256i high =
         is_last ? none : _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + stride));
-    const __m512i low = _mm512_cvtepu16_epi32(one), high = _mm512_cvtepu16_epi32(two);
-    return _mm512_or_si512(low, _mm512_slli_epi32(high, 16));
+    return interleave(_mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1));
 }
 inline int64_t copy_right(const Bf16* x, int64_t stride, int64_t count, int64_t columns, Pair* out) {
     const int64_t pairs = (count + 1) / 2;
@@ -210,16 +223,8 @@ inline void crossed_rows(int64_t rows, const T* left, const T* right, int64_t st
             return;
         }
         for (int64_t c = 0; c < columns; c += 2 * LANES) {
-            Vec sums[ROWS][2] = {};
             if (adds) fetch_ahead<ROWS>(out, out_stride, c + 4 * LANES, columns);
-            if (adds)
-                for (int r = 0; r < ROWS; ++r)
-                    for (int b = 0; b < 2; ++b)
-                        sums[r][b] = load(out + r * out_stride + c + b * LANES);
-            tile<ROWS, 2>(right + c * steps, steps * LANES, LANES, left, 1, TILE_ROWS, steps, sums);
-            for (int r = 0; r < ROWS; ++r)
-                for (int b = 0; b < 2; ++b)
-                    store(out + r * out_stride + c + b * LANES, sums[r][b]);
+            tile<ROWS, 2, true>(right + c * steps, steps * LANES, left, 0, steps, out + c, out_stride, adds);
         }
     }
 }

@@ -54,6 +54,7 @@ struct Copy {
 
 // Writes a vector in the format of a product's inputs, and reads it.
 static inline void put(float* p, Vec v) { store(p, v); }
+static inline void put(float* p, Vec left, Vec right) { store(p, left), store(p + LANES, right); }
 static inline Vec get(const float* p) { return load(p); }
 
 typedef uint16_t Bf16;  // its bits
@@ -79,6 +80,15 @@ struct Copy<Bf16> {
 
 static inline void put(Bf16* p, Vec v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh((__m512)v));
+}
+static inline void put(Bf16* p, Vec left, Vec right) {
+    _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh((__m512)right, (__m512)left));
+}
+// Two halves of LANES numbers as pairs of one of each.
+static inline __m512i interleave(__m512i halves) {
+    const __m512i ascending = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    const __m512i high = _mm512_slli_epi32(_mm512_add_epi32(ascending, _mm512_set1_epi32(LANES)), 16);
+    return _mm512_permutexvar_epi16(_mm512_or_si512(ascending, high), halves);
 }
 static inline Vec get(const Bf16* p) {
     const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

@@ -22,16 +22,18 @@ extern "C" void hrm_block_pack(const Block* block, const float* gqkv, const floa
     const int64_t A = block->heads * block->head_dim, D = block->hidden, M = block->mlp;
     on_threads(threads, [&](int64_t thread) {
         in_format(block->bf16, [&](auto format) {
-            auto both = [&](const float* weight, int64_t outputs, int64_t inputs, bool in_turn,
+            auto both = [&](const float* weight, int64_t outputs, int64_t inputs, const auto& order,
                             void* packed, void* transposed) {
                 using E = decltype(format);
-                pack<E>(weight, outputs, inputs, false, in_turn, thread, threads, packed);
-                pack<E>(weight, outputs, inputs, true, false, thread, threads, transposed);
+                pack<E>(weight, outputs, inputs, false, order, thread, threads, packed);
+                pack<E>(weight, outputs, inputs, true, in_order, thread, threads, transposed);
             };
-            both(gqkv, 4 * A, D, false, block->gqkv, block->gqkv_t);
-            both(o, D, A, false, block->o, block->o_t);
-            both(gate_up, 2 * M, D, true, block->gate_up, block->gate_up_t);
-            both(down, D, M, false, block->down, block->down_t);
+            auto by_angle = [&](int64_t at) { return Order(*block).column(at); };
+            auto in_turn = [&](int64_t at) { return at % 2 * M + at / 2 * LANES; };
+            both(gqkv, 4 * A, D, by_angle, block->gqkv, block->gqkv_t);
+            both(o, D, A, in_order, block->o, block->o_t);
+            both(gate_up, 2 * M, D, in_turn, block->gate_up, block->gate_up_t);
+            both(down, D, M, in_order, block->down, block->down_t);
         });
     });
 }

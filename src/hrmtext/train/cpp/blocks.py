@@ -158,8 +158,8 @@ class CppBlocks:
 
         Args:
             model: with weights in fp32.
-            dtype: format in which products with weights multiply and SwiGLU's inputs are kept for
-                the backward pass, bf16 or fp32; all else is fp32 with both.
+            dtype: format in which products multiply and projections are kept for the backward pass,
+                bf16 or fp32; all else is fp32 with both.
 
         Raises:
             BackendError: this model is not for the kernel, or there is no compiler.
@@ -249,12 +249,13 @@ class CppBlocks:
     def saved_sizes(self, block: CBlock, rows: CRows) -> list[int]:
         """Floats of each part that `CSaved` points to."""
         size, gap = block.heads * block.head_dim, self._gap
+        per_float = 2 if block.bf16 else 1
         return [
-            rows.tokens * (4 * size + gap),
+            rows.tokens * (4 * size // per_float + gap),
             rows.tokens * (size + gap),
             -(-rows.tokens * block.heads // 16) * 16,
             rows.outputs * (block.hidden + gap),
-            rows.outputs * 2 * block.mlp // (2 if block.bf16 else 1),
+            rows.outputs * 2 * block.mlp // per_float,
         ]
 
     def _saved(self, block: CBlock, rows: CRows, memory: torch.Tensor) -> CSaved:

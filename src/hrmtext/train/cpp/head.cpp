@@ -48,8 +48,8 @@ class Loss {
     }
 
     void run(int64_t thread, Barrier& barrier) {
-        pack<E>(h.weight, V, D, false, false, thread, h.threads, packed);
-        if (h.d_states) pack<E>(h.weight, V, D, true, false, thread, h.threads, transposed);
+        pack<E>(h.weight, V, D, false, in_order, thread, h.threads, packed);
+        if (h.d_states) pack<E>(h.weight, V, D, true, in_order, thread, h.threads, transposed);
         barrier.wait();
         const Range mine = part(S, thread, h.threads);
         for (int64_t at = mine.begin; at < mine.end; at += NEAR_ROWS)
