@@ -300,6 +300,7 @@ def exact_rows(correct: torch.Tensor, row_of: torch.Tensor, num_rows: int) -> to
 def step_sums(loss: TokenLoss, batch: Microbatch) -> torch.Tensor:
     """(4) fp64 on the device: sum of the losses, tokens right, rows right as a whole, rows."""
     exact = exact_rows(loss.correct, batch.row_of, batch.num_rows)
-    rows = torch.full_like(exact, True).sum()
-    parts = (loss.losses.sum(dtype=torch.float64), loss.correct.sum(), exact.sum(), rows)
-    return torch.stack([part.double() for part in parts])
+    wide = torch.float64
+    rows = exact.new_full((), batch.num_rows, dtype=wide)
+    parts = (loss.losses, loss.correct, exact)
+    return torch.stack([*(part.sum(dtype=wide) for part in parts), rows])

@@ -54,19 +54,21 @@ class Modules:
         return sums
 
     @torch.no_grad()
-    def gradient_squares(self) -> torch.Tensor:
+    def gradient_squares(self, optimizer: AdamAtan2) -> torch.Tensor:
         """(P) fp64 on the device: squared L2 norm of every gradient, over all shards; 0 where None.
 
         The gradients are summed over ranks already.
         """
-        parameters = self.parameters
-        squares = torch.zeros(len(parameters), dtype=torch.float64, device=parameters[0].device)
-        present = [index for index, p in enumerate(parameters) if p.grad is not None]
-        if present:
-            found = [local(p.grad) for p in parameters if p.grad is not None]
-            norms = torch.stack(torch._foreach_norm(found)).double().square()
-            where = torch.tensor(present).to(squares.device, non_blocking=True)
-            squares.index_copy_(0, where, norms)
+        gradients = [p.grad for p in self.parameters]
+        found = [local(gradient) for gradient in gradients if gradient is not None]
+        if len(found) == len(gradients):
+            return self.sum_over_shards(optimizer.squares(found))
+        device = self.parameters[0].device
+        squares = torch.zeros(len(gradients), dtype=torch.float64, device=device)
+        if found:
+            present = [index for index, gradient in enumerate(gradients) if gradient is not None]
+            where = torch.tensor(present).to(device, non_blocking=True)
+            squares.index_copy_(0, where, optimizer.squares(found))
         return self.sum_over_shards(squares)
 
     @torch.no_grad()
@@ -75,10 +77,10 @@ class Modules:
 
         Of this rank's shards only. Weight decay is not counted as update.
         """
-        sums = torch.zeros(2, dtype=torch.float64, device=self.parameters[0].device)
-        for parameter in self.members(module):
-            square = optimizer.update_square(parameter)
-            if square is not None:
-                sums[0] += square
-            sums[1] += torch.linalg.vector_norm(local(parameter)).double().square()
-        return sums
+        members = self.members(module)
+        updates = [optimizer.update_square(parameter) for parameter in members]
+        known = [square for square in updates if square is not None]
+        weights = optimizer.squares([local(parameter) for parameter in members]).sum()
+        return torch.stack(
+            [torch.stack(known).sum() if known else torch.zeros_like(weights), weights]
+        )

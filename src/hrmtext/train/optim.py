@@ -14,7 +14,7 @@ from __future__ import annotations
 import functools
 import inspect
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -156,28 +156,34 @@ class AdamAtan2(torch.optim.Optimizer):
             1.0 / correction,
             0.0 if ema_decay is None else 1.0 - ema_decay,
         ]
-        if self._kernel_of(parameters[0]) == "cpp":
-            run = functools.partial(_by_cpp, cpp.library(), numbers)
-        else:
-            # Tensors, not floats: a float that changes would be compiled anew at every step.
-            run = functools.partial(
-                _one_pass(), [torch.as_tensor(x, dtype=parameters[0].dtype) for x in numbers]
-            )
+        by_cpp = self._kernel_of(parameters[0]) == "cpp"
+        updates = []
         for parameter in parameters:
             gradient = parameter.grad
             assert gradient is not None, "only parameters with a gradient are updated"
             state = self.state[parameter]
             own = [parameter, *(state[name] for name in _MOMENTS)]
-            if ema_decay is not None:
-                own.append(state["ema"])
-            if gradient.is_sparse and self.takes_rows(parameter):
-                run([own[0], gradient, *own[1:]])
-                continue
-            # What is written must be seen through; a gradient is only read.
-            flat = [local(tensor).view(-1) for tensor in own]
-            flat.insert(1, _dense(gradient).reshape(-1))
-            if flat[0].numel():  # a rank may hold no part of a small parameter
-                run(flat)
+            own.append(None if ema_decay is None else state["ema"])
+            if not (gradient.is_sparse and self.takes_rows(parameter)):
+                # What is written must be seen through; a gradient is only read.
+                own = [None if tensor is None else local(tensor).view(-1) for tensor in own]
+                gradient = _dense(gradient).reshape(-1)
+            if own[0].numel():  # a rank may hold no part of a small parameter
+                updates.append(cpp.Update(own[0], gradient, *own[1:]))
+        if by_cpp:
+            cpp.update(cpp.library(), updates, numbers)
+            return
+        # Tensors, not floats: a float that changes would be compiled anew at every step.
+        scalars = [torch.as_tensor(x, dtype=parameters[0].dtype) for x in numbers]
+        for one in updates:
+            average = () if one.average is None else (one.average,)
+            _one_pass()(scalars, [one.parameter, one.gradient, one.first, one.second, *average])
+
+    def squares(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(N) fp64 on the device: squared norm of each of these tensors, of parameters' shapes."""
+        if all(_suits_cpp(tensor) for tensor in tensors) and self._kernel_of(tensors[0]) == "cpp":
+            return torch.tensor(cpp.squares(cpp.library(), tensors), dtype=torch.float64)
+        return torch.stack(torch._foreach_norm(list(tensors))).double().square()
 
     def takes_rows(self, parameter: torch.Tensor) -> bool:
         """Whether a sparse gradient, of some rows, is used as it is; else it is made dense."""
@@ -206,10 +212,10 @@ class AdamAtan2(torch.optim.Optimizer):
         correction = math.sqrt(1.0 - beta2 ** state["step"])
         first, second = (local(state[name]).view(-1) for name in _MOMENTS)
         rate /= 1.0 - beta1 ** state["step"]
-        square = torch.zeros((), dtype=torch.float64, device=first.device)
         if self._kernel_of(parameter) == "cpp":
-            square += cpp.squared_angles(cpp.library(), first, second, 1.0 / correction)
-            return square * rate**2
+            square = cpp.squared_angles(cpp.library(), first, second, 1.0 / correction)
+            return torch.tensor(square * rate**2, dtype=torch.float64)
+        square = torch.zeros((), dtype=torch.float64, device=first.device)
         # Piece by piece: the angles of a large embedding would take as much memory as it does.
         for m, v in zip(first.split(PIECE), second.split(PIECE), strict=True):
             scale = v.sqrt().div_(correction)
@@ -271,12 +277,6 @@ def _dense(gradient: torch.Tensor) -> torch.Tensor:
 def _suits_cpp(parameter: torch.Tensor) -> bool:
     is_plain = parameter.device.type == "cpu" and parameter.is_contiguous()
     return is_plain and parameter.dtype == torch.float32
-
-
-def _by_cpp(kernel: Any, numbers: list[float], flat: list[torch.Tensor]) -> None:
-    parameter, gradient, first, second, *average = flat
-    moments = first, second
-    cpp.update(kernel, parameter, gradient, moments, average[0] if average else None, numbers)
 
 
 @functools.cache

@@ -89,6 +89,7 @@ class History:
         """Keeps `length` rows; `rows` are the first of them."""
         self.length = length
         self._values = np.empty((0, length))  # (columns, length), NaN where nothing came yet
+        self._known = np.zeros(0, dtype=np.int64)  # (columns) values that are no NaN
         self._count = 0
         for row in rows:
             self.append(row)
@@ -97,7 +98,11 @@ class History:
         """Add the newest row, in the place of the oldest where there are `length`."""
         if not self._count:
             self._values = np.full((len(row), self.length), np.nan)
-        self._values[:, self._count % self.length] = row
+            self._known = np.zeros(len(row), dtype=np.int64)
+        oldest = self._values[:, self._count % self.length]
+        self._known += np.isnan(oldest)
+        self._known -= np.isnan(row)
+        oldest[:] = row
         self._count += 1
 
     def rows(self) -> list[Array]:
@@ -110,11 +115,13 @@ class History:
 
         None where no column has `at_least` of them.
         """
-        counts = np.count_nonzero(~np.isnan(self._values), axis=1)
+        counts = self._known
         is_known = counts >= at_least
         if not is_known.any():
             return None
-        median = np.where(is_known, _medians(self._values, counts), np.nan)
+        median = _medians(self._values, counts)
+        if not is_known.all():
+            median[~is_known] = np.nan
         deviations = np.abs(self._values - median[:, None])
         return median, SPREAD_PER_DEVIATION * _medians(deviations, counts)
 
@@ -355,7 +362,10 @@ def _widening(usual_tokens: float, tokens: int) -> float:
 
 def _medians(values: Array, counts: npt.NDArray[np.int_]) -> Array:
     """(C, R) -> (C): medians over the first `counts` of each column in order; NaN is last."""
-    ordered, columns = np.sort(values, axis=1), np.arange(len(counts))
+    ordered, least = np.sort(values, axis=1), int(counts.min())
+    if least == int(counts.max()) and least:  # all alike, as in nearly every step
+        return (ordered[:, (least - 1) // 2] + ordered[:, least // 2]) / 2
+    columns = np.arange(len(counts))
     above = np.maximum(counts, 1) // 2
     below = (np.maximum(counts, 1) - 1) // 2
     return (ordered[columns, below] + ordered[columns, above]) / 2

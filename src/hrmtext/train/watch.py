@@ -38,7 +38,7 @@ class StepWatch:
             sums: (4) of this rank, as `loss.step_sums`.
             supervised_tokens: over all ranks.
         """
-        squares = self.modules.gradient_squares()  # (P)
+        squares = self.modules.gradient_squares(self.optimizer)  # (P)
         loss = sums[:1].clone()
         parts = [loss if self.guard is None else dist.sum_over_ranks(loss), squares]
         if self._visited is not None:

@@ -188,7 +188,7 @@ def test_a_gradient_of_some_rows_is_one_with_zeros_in_the_others(kernel, width):
 def test_the_size_of_an_update_is_that_of_fp64_for_any_number_of_threads(size):
     draw = torch.Generator().manual_seed(size)
     gradients = [torch.randn(size, generator=draw, dtype=torch.float64) for _ in range(3)]
-    squares = {}
+    squares, plain = {}, {}
     for dtype, kernel in ((torch.float64, "foreach"), (torch.float32, "cpp")):
         parameter = torch.nn.Parameter(torch.zeros(size, dtype=dtype))
         optimizer = AdamAtan2([parameter], lr=0.1, kernel=kernel)
@@ -200,8 +200,12 @@ def test_the_size_of_an_update_is_that_of_fp64_for_any_number_of_threads(size):
             for threads in (1, 2, 5):
                 torch.set_num_threads(threads)
                 squares[kernel, threads] = float(optimizer.update_square(parameter))
+                both = [parameter.grad, parameter.detach()]
+                plain[kernel, threads] = optimizer.squares(both).tolist()
         finally:
             torch.set_num_threads(before)
+    assert plain["cpp", 1] == plain["cpp", 2] == plain["cpp", 5]
+    assert plain["cpp", 1] == pytest.approx(plain["foreach", 1], rel=1e-6)
     assert squares["cpp", 1] == squares["cpp", 2] == squares["cpp", 5]
     assert squares["cpp", 1] == pytest.approx(squares["foreach", 1], rel=1e-6)
 
@@ -230,8 +234,8 @@ def test_a_gradient_with_gaps_is_read_as_it_is_seen():
 
 
 def test_a_kernel_that_computes_wrongly_is_not_used(monkeypatch, caplog):
-    def wrong(kernel, parameter, *rest):
-        parameter.add_(1e-3)
+    def wrong(kernel, updates, numbers):
+        updates[0].parameter.add_(1e-3)
 
     monkeypatch.setattr(cpp, "update", wrong)
     cpp.library.cache_clear(), cpp.is_usable.cache_clear()

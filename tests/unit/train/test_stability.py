@@ -201,7 +201,7 @@ def test_norms_are_those_of_every_module_computed_plainly():
             parameter.grad = torch.randn(parameter.shape, generator=generator)
             if name.startswith("lm_head"):
                 parameter.grad = None
-        squares = modules.sums(modules.gradient_squares().tolist())
+        squares = modules.sums(modules.gradient_squares(optimizer).tolist())
         optimizer.step()
     for index, name in enumerate(modules.names):
         own = {n: p for n, p in model.named_parameters() if module_of(n) == name}

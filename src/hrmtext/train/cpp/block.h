@@ -78,17 +78,18 @@ class Worker {
     Worker(const Block& block, const Rows& rows, bool is_backward, Arena arena)
         : b(block), r(rows), A(block.heads * block.head_dim), K(block.head_dim),
           D(block.hidden), M(block.mlp), wide(4 * A + LINE_GAP<E>), attn(A + GAP), flow(D + GAP),
-          both(2 * M + LINE_GAP<E>), inner(M + LINE_GAP<E>), attention(K, rows.longest, is_backward, arena) {
-        const int64_t most = std::max(r.longest, r.piece);  // tokens at a time
+          both(2 * M + LINE_GAP<E>), inner(M + LINE_GAP<E>), chunk(r.piece + r.piece / 2),
+          attention(K, rows.longest, is_backward, arena) {
+        const int64_t most = std::max(r.longest, r.piece + (r.longest + 1) / 2);  // tokens at once
         normed = arena.take<E>(most * flow);
         gated = arena.take<E>(most * attn);
-        act = arena.take<E>(r.piece * inner);
+        act = arena.take<E>(chunk * inner);
         if (!is_backward) {
             own_gqkv = arena.take<E>(most * wide);
             own_attended = arena.take<float>(most * attn);
             own_middle = arena.take<float>(most * flow);
         } else {
-            d_gate_up = arena.take<E>(r.piece * both);
+            d_gate_up = arena.take<E>(chunk * both);
             rounded = arena.take<E>(most * flow);
             d_normed = arena.take<float>(most * flow);
             d_middle = arena.take<float>(most * flow);
@@ -141,7 +142,7 @@ class Worker {
     int64_t used;              // floats of a thread's memory
 
   private:
-    // Whole rows, as many as have `piece` tokens together, or one.
+    // Whole rows, at least one, whose end is near to `piece` tokens.
     template <class Work>
     void in_pieces(int64_t thread, const Work& work) {
         const int64_t all = r.bounds[thread + 1];
@@ -149,7 +150,7 @@ class Worker {
             first_row = (r.first_row + at) % r.rows;
             const int64_t last = std::min(r.rows, first_row + all - at);
             for (end_row = first_row + 1; end_row < last; ++end_row)
-                if (r.starts[end_row + 1] - r.starts[first_row] > r.piece) break;
+                if ((r.starts[end_row] + r.starts[end_row + 1]) / 2 - r.starts[first_row] > r.piece) break;
             first = r.starts[first_row];
             count = r.starts[end_row] - first;
             first_output = outputs_before(first);
@@ -180,8 +181,8 @@ class Worker {
         product(weight(b.o), gated, attn, A, outputs, blocks(D),
                 AddTo{x, D, r.select ? r.select + first_output : nullptr, first, middle, flow});
         // A long row goes through the rest in pieces too.
-        for (int64_t from = 0; from < outputs; from += r.piece)
-            feed_forward(from, std::min(r.piece, outputs - from), y + from * D);
+        for (int64_t from = 0; from < outputs; from += chunk)
+            feed_forward(from, std::min(chunk, outputs - from), y + from * D);
     }
 
     // Gate, queries and keys, rotated, and values of the piece.
@@ -218,8 +219,8 @@ class Worker {
     }
 
     void backward_piece(const float* x, const float* d_y, float* d_x, const Gradients& d, bool adds) {
-        for (int64_t from = 0; from == 0 || from < outputs; from += r.piece)
-            feed_forward_backward(from, std::min(r.piece, outputs - from), d_y + from * D, d,
+        for (int64_t from = 0; from == 0 || from < outputs; from += chunk)
+            feed_forward_backward(from, std::min(chunk, outputs - from), d_y + from * D, d,
                                   adds || from > 0);
         gate_outputs();
         const E* d_sum = operand(d_middle, flow, outputs, D, rounded);
@@ -379,6 +380,7 @@ class Worker {
     Saved s{};
     const int64_t A, K, D, M;
     const int64_t wide, attn, flow, both, inner;  // from a row to the next
+    const int64_t chunk;  // outputs that go through SwiGLU together
     RowAttention<E> attention;
     E *normed, *gated, *act, *d_gate_up = nullptr, *rounded = nullptr, *own_gqkv = nullptr;
     E *d_attended = nullptr, *d_projected = nullptr;  // the latter of gate, queries, keys and values

@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -20,13 +21,14 @@ from hrmtext.batch import RowLayout
 from hrmtext.errors import BackendError
 from hrmtext.model import HrmLM
 from hrmtext.model.layers import Block, ExitNorm
+from hrmtext.runtime.memory import empty_in_large_pages
 from hrmtext.runtime.native import load_kernel
 from hrmtext.runtime.native.share import circle_shares
 
 MIN_OWN_TOKENS = 32
 """Tokens from which a thread of its own pays."""
-PIECE_TOKENS, WIDE_PIECE_TOKENS = 120, 480
-"""Tokens that go through a block together, in narrow blocks and in wide ones."""
+PIECE_TOKENS, WIDE_PIECE_TOKENS = 256, 480
+"""Tokens that go through a block together, about, in narrow blocks and in wide ones."""
 NARROW = 192
 """Hidden size up to which what is between the products of PIECE_TOKENS stays in the cache; where it
 does not, larger pieces read the weights and their gradients less often."""
@@ -103,8 +105,7 @@ class RowsPlan:
     """Rows of one micro-batch as the kernel reads them, in the place of an attention plan."""
 
     def __init__(self, layout: RowLayout, piece: int) -> None:
-        """`piece`: tokens that go through a block together, if no row has more."""
-        self.piece = piece
+        """`piece`: tokens that are to go through a block together, about."""
         starts = [*layout.starts(), sum(layout.lengths)]
         self.num_tokens = layout.num_tokens
         self.longest = max(layout.lengths)
@@ -115,6 +116,8 @@ class RowsPlan:
         self.first_row, bounds = shares or (0, [0, self.num_rows])
         self.threads = len(bounds) - 1
         self.bounds = torch.tensor(bounds)
+        share = starts[-1] / self.threads
+        self.piece = math.ceil(share / max(1, round(share / piece)))  # of like size, none left over
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, slot: int) -> torch.Tensor:
         """Not by itself: the kernel computes whole blocks."""
@@ -244,7 +247,8 @@ class CppBlocks:
             memory = self._free.pop()
             if memory.numel() >= size:
                 return memory
-        return torch.empty(size + size // 16)  # micro-batches differ by a little
+        # Micro-batches differ by a little.
+        return empty_in_large_pages(size + size // 16, torch.float32)
 
     def saved_sizes(self, block: CBlock, rows: CRows) -> list[int]:
         """Floats of each part that `CSaved` points to."""
@@ -286,7 +290,7 @@ class CppBlocks:
         sizes = (ctypes.byref(block), ctypes.byref(rows), _I(is_backward))
         own = int(self.library.hrm_block_workspace(*sizes))
         if self._workspace.numel() < rows.threads * own:
-            self._workspace = torch.empty(rows.threads * own)
+            self._workspace = empty_in_large_pages(rows.threads * own, torch.float32)
         return _P(self._workspace.data_ptr()), _I(own)
 
 

@@ -17,7 +17,7 @@ struct Block {
 
 struct Rows {
     int64_t tokens, outputs, rows, longest, threads;
-    int64_t piece;      // tokens that a thread takes through the block at a time, at least a row
+    int64_t piece;      // tokens that a thread takes through the block at a time, about, in whole rows
     int64_t first_row;  // of the first thread; rows go round, the last is followed by row 0
     const int64_t* starts;   // (R + 1) in the stream; behind the last is padding, which passes through
     const int64_t* visible;  // (T) first position of its row that a token does not see

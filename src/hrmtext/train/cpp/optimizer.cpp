@@ -17,6 +17,16 @@ struct Numbers {
     float one_minus_ema;
 };
 
+struct Arrays {
+    float *weight, *first, *second, *average;  // average: null where none is kept
+};
+
+struct Parameter {
+    Arrays arrays;
+    const float* gradient;
+    int64_t count;
+};
+
 int64_t hrm_optimizer_lanes() { return LANES; }
 }
 
@@ -54,10 +64,6 @@ Vec atan2_of(Vec y, Vec x) {
     return (Vec)((IntVec)angle | ((IntVec)y & IntVec(spread(-0.0f))));
 }
 
-struct Arrays {
-    float *weight, *first, *second, *average;  // average: null where none is kept
-};
-
 // One vector, by its gradient.
 void update(const Arrays& a, int64_t i, Vec g, const Numbers& n) {
     const Vec old = load(a.first + i);
@@ -72,39 +78,53 @@ void update(const Arrays& a, int64_t i, Vec g, const Numbers& n) {
     store(a.average + i, average + (w - average) * n.one_minus_ema);
 }
 
+// The last elements, fewer than a vector.
+void update_rest(const Parameter& p, int64_t from, const Numbers& n) {
+    float rest[4][LANES] = {};
+    float* const arrays[] = {p.arrays.weight, p.arrays.first, p.arrays.second, p.arrays.average};
+    for (int k = 0; k < 4; ++k)
+        if (arrays[k]) std::copy(arrays[k] + from, arrays[k] + p.count, rest[k]);
+    float gradient[LANES] = {};
+    std::copy(p.gradient + from, p.gradient + p.count, gradient);
+    update({rest[0], rest[1], rest[2], rest[3]}, 0, load(gradient), n);
+    for (int k = 0; k < 4; ++k)
+        if (arrays[k]) std::copy(rest[k], rest[k] + (p.count - from), arrays[k] + from);
+}
+
 int64_t worthwhile(int64_t count, int64_t threads) {
     const int64_t worth = count / MIN_OWN;
     return worth < 1 ? 1 : worth < threads ? worth : threads;
 }
 
-// Sum of the squared angles of `count` elements, in fp32 over no more than BLOCK at a time.
-double squared_angles(const float* first, const float* second, int64_t count, float correction) {
+// Sum of the squares of value(i), vectors from element i on, over `count`; in fp32 over no more than BLOCK
+// at a time. `value` gives zeros beyond `count`.
+template <class Value>
+double squares(int64_t from, int64_t count, const Value& value) {
     constexpr int64_t BLOCK = 1 << 10;
     double total = 0.0;
-    for (int64_t from = 0; from < count; from += BLOCK) {
-        const int64_t to = from + BLOCK < count ? from + BLOCK : count;
-        Vec squares{};
-        int64_t i = from;
-        for (; i + LANES <= to; i += LANES) {
-            const Vec angle = atan2_of(load(first + i), root(load(second + i)) * correction);
-            squares += angle * angle;
+    for (const int64_t end = from + count; from < end; from += BLOCK) {
+        const int64_t to = std::min(end, from + BLOCK);
+        Vec sums{};
+        for (int64_t i = from; i < to; i += LANES) {
+            const Vec x = value(i, to);
+            sums += x * x;
         }
-        if (i < to) {
-            float m[LANES] = {}, v[LANES] = {};
-            for (int64_t k = i; k < to; ++k) m[k - i] = first[k], v[k - i] = second[k];
-            const Vec angle = atan2_of(load(m), root(load(v)) * correction);
-            squares += angle * angle;
-        }
-        total += sum(squares);
+        total += sum(sums);
     }
     return total;
 }
 
-}  // namespace
+// The numbers from i on, zeros from `end` on.
+Vec load_until(const float* x, int64_t i, int64_t end) {
+    if (i + LANES <= end) return load(x + i);
+    float rest[LANES] = {};
+    std::copy(x + i, x + end, rest);
+    return load(rest);
+}
 
-// Squared norm of atan2(first, sqrt(second) * correction), whatever the number of threads.
-extern "C" double hrm_squared_angles(const float* first, const float* second, int64_t count,
-                                     float correction, int64_t threads) {
+// The same whatever the number of threads.
+template <class Value>
+double squares_on_threads(int64_t count, int64_t threads, const Value& value) {
     const int64_t parts = worthwhile(count, MOST_PARTS);
     double sums[MOST_PARTS];
     threads = threads < parts ? threads : parts;
@@ -112,7 +132,7 @@ extern "C" double hrm_squared_angles(const float* first, const float* second, in
         const Range mine = part(parts, thread, threads);
         for (int64_t p = mine.begin; p < mine.end; ++p) {
             const Range of = part(count, p, parts);
-            sums[p] = squared_angles(first + of.begin, second + of.begin, of.end - of.begin, correction);
+            sums[p] = squares(of.begin, of.end - of.begin, value);
         }
     });
     double total = 0.0;
@@ -120,26 +140,44 @@ extern "C" double hrm_squared_angles(const float* first, const float* second, in
     return total;
 }
 
-extern "C" void hrm_adam_atan2(float* weight, float* gradient, float* first, float* second,
-                               float* average, int64_t count, const Numbers* numbers,
-                               int64_t threads) {
-    const Arrays all{weight, first, second, average};
-    const Numbers n = *numbers;
-    const int64_t whole = count / LANES;
-    threads = worthwhile(count, threads);
-    on_threads(threads, [&](int64_t thread) {
-        const Range mine = part(whole, thread, threads);
-        for (int64_t i = mine.begin * LANES; i < mine.end * LANES; i += LANES)
-            update(all, i, load(gradient + i), n);
+}  // namespace
+
+// Squared norm of atan2(first, sqrt(second) * correction).
+extern "C" double hrm_squared_angles(const float* first, const float* second, int64_t count,
+                                     float correction, int64_t threads) {
+    return squares_on_threads(count, threads, [=](int64_t i, int64_t end) {
+        const Vec m = load_until(first, i, end), v = load_until(second, i, end);
+        return atan2_of(m, root(v) * correction);
     });
-    float rest[5][LANES] = {};
-    float* const arrays[] = {weight, first, second, average, gradient};
-    const int64_t from = whole * LANES;
-    for (int k = 0; k < 5; ++k)
-        for (int64_t i = from; arrays[k] && i < count; ++i) rest[k][i - from] = arrays[k][i];
-    update({rest[0], rest[1], rest[2], rest[3]}, 0, load(rest[4]), n);
-    for (int k = 0; k < 4; ++k)
-        for (int64_t i = from; arrays[k] && i < count; ++i) arrays[k][i] = rest[k][i - from];
+}
+
+// Squared norms of `num` tensors.
+extern "C" void hrm_squares(const float* const* tensors, const int64_t* counts, int64_t num,
+                            double* found, int64_t threads) {
+    for (int64_t n = 0; n < num; ++n) {
+        const float* x = tensors[n];
+        found[n] = squares_on_threads(
+            counts[n], threads, [=](int64_t i, int64_t end) { return load_until(x, i, end); });
+    }
+}
+
+// A step of `num` parameters.
+extern "C" void hrm_adam_atan2(const Parameter* parameters, int64_t num, const Numbers* numbers,
+                               int64_t threads) {
+    const Numbers n = *numbers;
+    int64_t all = 0;
+    for (int64_t at = 0; at < num; ++at) all += parameters[at].count;
+    threads = worthwhile(all, threads);
+    on_threads(threads, [&](int64_t thread) {
+        for (int64_t at = 0; at < num; ++at) {
+            const Parameter p = parameters[at];
+            const int64_t whole = p.count / LANES;
+            const Range mine = part(whole, thread, threads);
+            for (int64_t i = mine.begin * LANES; i < mine.end * LANES; i += LANES)
+                update(p.arrays, i, load(p.gradient + i), n);
+            if (thread == 0 && p.count % LANES) update_rest(p, whole * LANES, n);
+        }
+    });
 }
 
 // The same of a table whose gradient is that of `given` rows, ascending, and zero elsewhere. `width` is a

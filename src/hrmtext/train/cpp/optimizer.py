@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -20,6 +22,26 @@ _NUMBERS = 7
 _I, _P = ctypes.c_int64, ctypes.c_void_p
 
 
+class _Parameter(ctypes.Structure):
+    _fields_ = [
+        *((name, _P) for name in ("weight", "first", "second", "average", "gradient")),
+        ("count", _I),
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class Update:
+    """A parameter and what its step changes: fp32 on the CPU, without gaps, of one shape."""
+
+    parameter: torch.Tensor
+    gradient: torch.Tensor
+    """Of some rows of a table it may be sparse and coalesced, where `takes_rows`."""
+    first: torch.Tensor
+    second: torch.Tensor
+    """The moments."""
+    average: torch.Tensor | None
+
+
 @functools.cache
 def library() -> ctypes.CDLL:
     """The kernel, proved on this machine.
@@ -28,7 +50,8 @@ def library() -> ctypes.CDLL:
         BackendError: it cannot be built, or does not compute here what the formula says.
     """
     loaded = load_kernel(Path(__file__).with_suffix(".cpp"), "optimizer_kernel=cpp")
-    loaded.hrm_adam_atan2.restype = loaded.hrm_adam_atan2_rows.restype = None
+    for name in ("adam_atan2", "adam_atan2_rows", "squares"):
+        getattr(loaded, f"hrm_{name}").restype = None
     loaded.hrm_squared_angles.restype = ctypes.c_double
     _probe(loaded)
     return loaded
@@ -47,34 +70,32 @@ def is_usable() -> bool:
     return True
 
 
-def update(
-    kernel: ctypes.CDLL,
-    parameter: torch.Tensor,
-    gradient: torch.Tensor,
-    moments: tuple[torch.Tensor, torch.Tensor],
-    average: torch.Tensor | None,
-    numbers: list[float],
-) -> None:
-    """One step of one parameter, and its average where there is one, in place.
+def update(kernel: ctypes.CDLL, updates: Sequence[Update], numbers: Sequence[float]) -> None:
+    """One step of parameters, and of their averages where there are some, in place.
 
     Args:
-        parameter, gradient, moments, average: fp32 on the CPU, without gaps, of one shape; a
-            `gradient` of some rows of a table may be sparse and coalesced, where `takes_rows`.
         numbers: 1 - lr * wd, 1 - b1, b2, 1 - b2, lr / (1 - b1^t), 1 / sqrt(1 - b2^t), 1 - decay of
             the average.
     """
-    of_average = _P(None if average is None else average.data_ptr())
-    state = (*(_P(moment.data_ptr()) for moment in moments), of_average)
     factors, threads = (ctypes.c_float * _NUMBERS)(*numbers), _I(torch.get_num_threads())
-    weight = _P(parameter.data_ptr())
-    if gradient.is_sparse:
-        given, values = gradient.indices(), gradient.values().contiguous()
-        rows = _P(given.data_ptr()), *(_I(size) for size in (given.shape[1], *parameter.shape))
-        kernel.hrm_adam_atan2_rows(weight, _P(values.data_ptr()), *rows, *state, factors, threads)
-        return
-    kernel.hrm_adam_atan2(
-        weight, _P(gradient.data_ptr()), *state, _I(parameter.numel()), factors, threads
+    dense = [one for one in updates if not one.gradient.is_sparse]
+    structs = (_Parameter * len(dense))(
+        *((*_addresses(one), one.gradient.data_ptr(), one.parameter.numel()) for one in dense)
     )
+    kernel.hrm_adam_atan2(structs, _I(len(dense)), factors, threads)
+    for one in updates:
+        if one.gradient.is_sparse:
+            given, values = one.gradient.indices(), one.gradient.values().contiguous()
+            weight, *state = (_P(address) for address in _addresses(one))
+            rows = (_I(size) for size in (given.shape[1], *one.parameter.shape))
+            kernel.hrm_adam_atan2_rows(
+                weight, _P(values.data_ptr()), _P(given.data_ptr()), *rows, *state, factors, threads
+            )
+
+
+def _addresses(one: Update) -> tuple[int | None, ...]:
+    average = None if one.average is None else one.average.data_ptr()
+    return one.parameter.data_ptr(), one.first.data_ptr(), one.second.data_ptr(), average
 
 
 def takes_rows(kernel: ctypes.CDLL, parameter: torch.Tensor) -> bool:
@@ -96,6 +117,20 @@ def squared_angles(
     )
 
 
+def squares(kernel: ctypes.CDLL, tensors: Sequence[torch.Tensor]) -> list[float]:
+    """Squared norm of each tensor, the same for any number of threads.
+
+    Args:
+        tensors: fp32 on the CPU, without gaps.
+    """
+    count = len(tensors)
+    pointers = (_P * count)(*(tensor.data_ptr() for tensor in tensors))
+    sizes = (_I * count)(*(tensor.numel() for tensor in tensors))
+    found = (ctypes.c_double * count)()
+    kernel.hrm_squares(pointers, sizes, _I(count), found, _I(torch.get_num_threads()))
+    return list(found)
+
+
 def _probe(kernel: ctypes.CDLL) -> None:
     """Refuse a kernel whose step is not that of the formula, over the range of an arc tangent."""
     draw = torch.Generator().manual_seed(0)
@@ -103,7 +138,8 @@ def _probe(kernel: ctypes.CDLL) -> None:
     gradient = size * torch.randn(101, generator=draw)
     weight, average = torch.zeros(101), torch.ones(101)
     moments = torch.zeros(101), size.square()
-    update(kernel, weight, gradient, moments, average, [1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.25])
+    one = Update(weight, gradient, *moments, average)
+    update(kernel, [one], [1.0, 1.0, 1.0, 0.0, 1.0, 1.0, 0.25])
     angle = torch.atan2(gradient, size.square().sqrt())
     expected = {"weight": -angle, "first moment": gradient, "average": 0.75 - 0.25 * angle}
     found = {"weight": weight, "first moment": moments[0], "average": average}
