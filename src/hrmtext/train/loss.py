@@ -65,15 +65,14 @@ class Microbatch:
         """
         # Indices are found on the host: `nonzero` on a GPU would wait for all queued work.
         select = batch.supervised()
-        lengths = torch.tensor(batch.layout.lengths, dtype=torch.int64)
-        rows = torch.repeat_interleave(torch.arange(len(lengths)), lengths)
+        ends = torch.tensor(batch.layout.lengths, dtype=torch.int64).cumsum(0)
         return cls(
             tokens=send(batch.tokens, device),
             positions=send(batch.positions, device),
             select=send(select, device),
             labels=send(batch.labels[select], device),
-            row_of=send(rows[select], device),
-            num_rows=len(lengths),
+            row_of=send(torch.bucketize(select, ends, right=True), device),
+            num_rows=len(ends),
             plan=plan
             or make_plan(
                 batch.layout, device=device, dtype=dtype, backend=backend, head_dim=head_dim

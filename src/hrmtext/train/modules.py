@@ -49,9 +49,8 @@ class Modules:
 
     def sums(self, by_parameter: Sequence[float]) -> npt.NDArray[np.float64]:
         """(P) values added up by module: (M)."""
-        sums = np.zeros(len(self.names))
-        np.add.at(sums, self._index, np.asarray(by_parameter))
-        return sums
+        sums = np.bincount(self._index, weights=by_parameter, minlength=len(self.names))
+        return sums.astype(np.float64, copy=False)
 
     @torch.no_grad()
     def gradient_squares(self, optimizer: AdamAtan2) -> torch.Tensor:

@@ -162,22 +162,26 @@ class AdamAtan2(torch.optim.Optimizer):
             gradient = parameter.grad
             assert gradient is not None, "only parameters with a gradient are updated"
             state = self.state[parameter]
-            own = [parameter, *(state[name] for name in _MOMENTS)]
-            own.append(None if ema_decay is None else state["ema"])
-            if not (gradient.is_sparse and self.takes_rows(parameter)):
-                # What is written must be seen through; a gradient is only read.
-                own = [None if tensor is None else local(tensor).view(-1) for tensor in own]
-                gradient = _dense(gradient).reshape(-1)
-            if own[0].numel():  # a rank may hold no part of a small parameter
-                updates.append(cpp.Update(own[0], gradient, *own[1:]))
+            as_rows = gradient.is_sparse and self.takes_rows(parameter)
+            one = cpp.Update(
+                parameter=local(parameter),
+                gradient=gradient if as_rows else _dense(gradient).contiguous(),
+                first=local(state["exp_avg"]),
+                second=local(state["exp_avg_sq"]),
+                average=None if ema_decay is None else local(state["ema"]),
+            )
+            if one.parameter.numel():  # a rank may hold no part of a small parameter
+                updates.append(one)
         if by_cpp:
             cpp.update(cpp.library(), updates, numbers)
             return
         # Tensors, not floats: a float that changes would be compiled anew at every step.
         scalars = [torch.as_tensor(x, dtype=parameters[0].dtype) for x in numbers]
         for one in updates:
-            average = () if one.average is None else (one.average,)
-            _one_pass()(scalars, [one.parameter, one.gradient, one.first, one.second, *average])
+            # One shape for all; `view`, as what is written must be seen through.
+            own = [one.parameter, one.gradient, one.first, one.second]
+            own += [] if one.average is None else [one.average]
+            _one_pass()(scalars, [tensor.view(-1) for tensor in own])
 
     def squares(self, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         """(N) fp64 on the device: squared norm of each of these tensors, of parameters' shapes."""

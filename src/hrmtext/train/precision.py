@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from hrmtext.errors import ConfigError
 from hrmtext.model import HrmLM
+from hrmtext.runtime import dist
 from hrmtext.train.parallel.group import sum_gradients
 from hrmtext.train.parallel.shards import Shards
 
@@ -81,10 +82,12 @@ class ComputeModel:
 
     def reduce(self) -> None:
         """Sum the gradients over all ranks, and those of a sparse one by row."""
-        table = self.master.model.embed_tokens.weight
-        if table.grad is not None and table.grad.is_sparse:
-            table.grad = table.grad.coalesce()
-        sum_gradients(list(self.shards.parameters.values()))
+        if self.module.model.embed_tokens.sparse:
+            table = self.master.model.embed_tokens.weight
+            if table.grad is not None and table.grad.is_sparse:
+                table.grad = table.grad.coalesce()
+        if dist.is_distributed():
+            sum_gradients(list(self.shards.parameters.values()))
 
     def clear_gradients(self) -> None:
         """Set every gradient to None: a parameter that gets none must be seen to have none."""

@@ -242,7 +242,7 @@ class StabilityGuard:
             limits.sigmas * np.maximum(spreads[1:], LEAST_LOG_SPREAD),
         )  # (1 + M)
         above = logs - medians[1:] - wider  # (1 + M)
-        factor = float(np.exp(np.nan_to_num(logs[0] - medians[1])))
+        factor = float(np.exp(_or(logs[0] - medians[1], 0.0)))
         if above[0] > bounds[0] + math.log(limits.skip_factor / limits.damp_factor):
             reasons.append(f"gradient {factor:.3g} times its median")
             skip = True
@@ -272,7 +272,7 @@ class StabilityGuard:
         # Two medians: a falling rate leaves the window's far above what was done lately, while a
         # warmup or a rate that stays soon lifts the window's.
         bound = math.log(self.limits.update_factor)
-        above = np.nan_to_num(ratios - lately[0], nan=-np.inf)
+        above = _or(ratios - lately[0], -np.inf)
         above[~(ratios - usual[0] > bound / 2)] = -np.inf
         worst = int(above.argmax())
         if above[worst] <= bound:
@@ -353,6 +353,11 @@ def describe_action(record: dict[str, Any]) -> str:
     what = ", ".join(done[name] for name in record["action"].split("+"))
     note = "" if record["applied"] else " (logged only)"
     return f"stability at step {record['step']}: {what}{note}: {record['reason']}"
+
+
+def _or(values: Array, default: float) -> Array:
+    """Another value in the place of NaN."""
+    return np.where(np.isnan(values), default, values)
 
 
 def _widening(usual_tokens: float, tokens: int) -> float:

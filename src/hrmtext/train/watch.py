@@ -39,8 +39,10 @@ class StepWatch:
             supervised_tokens: over all ranks.
         """
         squares = self.modules.gradient_squares(self.optimizer)  # (P)
-        loss = sums[:1].clone()
-        parts = [loss if self.guard is None else dist.sum_over_ranks(loss), squares]
+        loss = sums[:1]
+        if self.guard is not None and dist.is_distributed():
+            loss = dist.sum_over_ranks(loss.clone())
+        parts = [loss, squares]
         if self._visited is not None:
             parts.append(self.modules.sum_over_shards(self._visited[1]))
         loss_sum, *values = torch.cat(parts).tolist()

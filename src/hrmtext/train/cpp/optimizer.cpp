@@ -3,6 +3,8 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <numeric>
+#include <vector>
 
 #include "threads.h"
 #include "vectors.h"
@@ -122,22 +124,26 @@ Vec load_until(const float* x, int64_t i, int64_t end) {
     return load(rest);
 }
 
-// The same whatever the number of threads.
+// One sum of squares for each of `num` counts, the same whatever the number of threads: value(n, i, end).
 template <class Value>
-double squares_on_threads(int64_t count, int64_t threads, const Value& value) {
-    const int64_t parts = worthwhile(count, MOST_PARTS);
-    double sums[MOST_PARTS];
-    threads = threads < parts ? threads : parts;
+void squares_on_threads(const int64_t* counts, int64_t num, double* found, int64_t threads,
+                        const Value& value) {
+    std::vector<int64_t> firsts(num + 1);  // parts, of all
+    for (int64_t n = 0; n < num; ++n) firsts[n + 1] = firsts[n] + worthwhile(counts[n], MOST_PARTS);
+    std::vector<double> sums(firsts[num]);
+    threads = std::min(threads, firsts[num]);
     on_threads(threads, [&](int64_t thread) {
-        const Range mine = part(parts, thread, threads);
+        const Range mine = part(firsts[num], thread, threads);
+        int64_t n = 0;
         for (int64_t p = mine.begin; p < mine.end; ++p) {
-            const Range of = part(count, p, parts);
-            sums[p] = squares(of.begin, of.end - of.begin, value);
+            while (firsts[n + 1] <= p) ++n;
+            const Range of = part(counts[n], p - firsts[n], firsts[n + 1] - firsts[n]);
+            sums[p] = squares(of.begin, of.end - of.begin,
+                              [&](int64_t i, int64_t end) { return value(n, i, end); });
         }
     });
-    double total = 0.0;
-    for (int64_t p = 0; p < parts; ++p) total += sums[p];
-    return total;
+    for (int64_t n = 0; n < num; ++n)
+        found[n] = std::accumulate(&sums[firsts[n]], &sums[0] + firsts[n + 1], 0.0);
 }
 
 }  // namespace
@@ -145,20 +151,20 @@ double squares_on_threads(int64_t count, int64_t threads, const Value& value) {
 // Squared norm of atan2(first, sqrt(second) * correction).
 extern "C" double hrm_squared_angles(const float* first, const float* second, int64_t count,
                                      float correction, int64_t threads) {
-    return squares_on_threads(count, threads, [=](int64_t i, int64_t end) {
+    double found = 0.0;
+    squares_on_threads(&count, 1, &found, threads, [=](int64_t, int64_t i, int64_t end) {
         const Vec m = load_until(first, i, end), v = load_until(second, i, end);
         return atan2_of(m, root(v) * correction);
     });
+    return found;
 }
 
 // Squared norms of `num` tensors.
 extern "C" void hrm_squares(const float* const* tensors, const int64_t* counts, int64_t num,
                             double* found, int64_t threads) {
-    for (int64_t n = 0; n < num; ++n) {
-        const float* x = tensors[n];
-        found[n] = squares_on_threads(
-            counts[n], threads, [=](int64_t i, int64_t end) { return load_until(x, i, end); });
-    }
+    squares_on_threads(counts, num, found, threads, [=](int64_t n, int64_t i, int64_t end) {
+        return load_until(tensors[n], i, end);
+    });
 }
 
 // A step of `num` parameters.

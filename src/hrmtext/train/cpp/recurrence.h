@@ -4,6 +4,7 @@
 // Letters as in block.h, and B blocks of a stack.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <vector>
 
@@ -16,6 +17,7 @@ struct Call {
     int64_t first_block;  // of the stack, among all
     int64_t selects;      // its last block gives only the outputs that are wanted
     const float *left, *right;  // (T, D), whose sum goes in; right may be null
+    int64_t left_step;  // floats from one row of `left` to the next: D, or 0 where all are alike
     float* flow;        // (B + 1) x (T, D): what goes into each block, what comes out of the last
     int64_t flow_step;  // floats from one to the next; 0: in place, where no backward pass will come
     float* out;         // (T, D), or (S, D); may be `left` or `right`
@@ -74,10 +76,17 @@ class Walk {
           worker(m.blocks[0], *m.rows, is_backward, arena) {}
 
     void forward() {
-        for (int64_t i = 0; i < m.num_calls; ++i) forward(calls[i]);
+        for (int64_t i = 0; i < m.num_calls; ++i) {
+            forward(calls[i]);
+            if (!calls[i].selects) clear_padding(calls[i].out);
+        }
     }
 
     void backward(Sums& sums) {
+        for (int64_t i = 0; i < m.num_calls; ++i) {
+            clear_padding(calls[i].d_left);
+            clear_padding(calls[i].d_right);
+        }
         std::vector<bool> begun(size_t(m.num_blocks));
         for (int64_t i = m.num_calls; i-- > 0;)
             if (calls[i].has_backward) backward(calls[i], sums, begun);
@@ -127,9 +136,18 @@ class Walk {
     }
 
     void add_up(const Call& call, const Piece& p, float* x) const {
-        const int64_t end = (p.first + p.count) * D;
-        for (int64_t i = p.first * D; i < end; i += LANES)
-            store(x + i, call.right ? load(call.left + i) + load(call.right + i) : load(call.left + i));
+        for (int64_t token = p.first; token < p.first + p.count; ++token) {
+            const float* left = call.left + token * call.left_step;
+            const float* right = call.right ? call.right + token * D : nullptr;
+            for (int64_t i = 0; i < D; i += LANES)
+                store(x + token * D + i, right ? load(left + i) + load(right + i) : load(left + i));
+        }
+    }
+
+    // What is behind the last row of a state or of its gradient.
+    void clear_padding(float* rows) const {
+        if (thread != 0 || !rows) return;
+        std::fill(rows + m.rows->starts[m.rows->rows] * D, rows + m.rows->tokens * D, 0.0f);
     }
 
     void exit_norm(const Piece& p, const float* y, float* out) const {

@@ -36,7 +36,9 @@ _I, _P = ctypes.c_int64, ctypes.c_void_p
 class _Call(ctypes.Structure):
     _fields_ = [
         *((name, _I) for name in ("first_block", "selects")),
-        *((name, _P) for name in ("left", "right", "flow")),
+        *((name, _P) for name in ("left", "right")),
+        ("left_step", _I),
+        ("flow", _P),
         ("flow_step", _I),
         *((name, _P) for name in ("out", "saved")),
         ("has_backward", _I),
@@ -146,7 +148,6 @@ class _Run:
         self.calls = (_Call * len(self.stack_calls))()
         self.num_blocks = owner.config.num_layers_per_stack  # of a stack
         self.width = owner.config.hidden_size
-        self.num_used = int(plan.starts[-1])  # tokens of rows, without the padding behind
         self.rows, kept = plan.view(cos, sin, None)
         self.selected = None if select is None else plan.view(cos, sin, select)[0]
         self._alive: list[Any] = [kept, select]  # what the structures point to
@@ -171,13 +172,18 @@ class _Run:
         address = self.saved.data_ptr()
         # Calls of which nothing is kept go through this, in place but where tokens are selected.
         passing = torch.empty(step * (1 if self.selected is None else self.num_blocks + 1))
-        # Every call of L overwrites its state.
-        state = {"H": z_H.contiguous(), "L": z_L.clone(memory_format=torch.contiguous_format)}
+        # Every call of L overwrites its state, whose start may be one row for all tokens.
+        start = z_L[:1].contiguous() if z_L.stride(0) == 0 else z_L.contiguous()
+        state = {"H": z_H.contiguous(), "L": start}
+        of_L = torch.empty(self.rows.tokens, self.width)
         found: list[torch.Tensor] = []
         for index, (call, struct) in enumerate(zip(self.stack_calls, self.calls, strict=True)):
             read = [state[name].data_ptr() for name in call.reads]
             struct.left, struct.right = (*read, None)[:2]
-            if call.stack == "H":
+            struct.left_step = self.width if len(state[call.reads[0]]) > 1 else 0
+            if call.stack == "L":
+                state["L"] = of_L
+            else:
                 state["H"] = torch.empty(self._rows(index, self.num_blocks - 1).outputs, self.width)
                 found.append(state["H"])
             struct.out = state[call.stack].data_ptr()
@@ -189,8 +195,6 @@ class _Run:
                 struct.flow_step, struct.saved = step, self._saved(pointers)
                 address += 4 * sum(sizes[index])
         self._compute(self.owner.library.hrm_recurrence_forward, is_backward=False)
-        for state_of_all in found if self.selected is None else found[:-1]:
-            state_of_all[self.num_used :] = 0.0
         return found
 
     def backward(
@@ -225,10 +229,7 @@ class _Run:
         found: list[torch.Tensor | None] = []
         for block in range(len(self.owner.structs)):
             found += d_weights.get(block, [None] * NUM_WEIGHTS)
-        if not has_some["H"]:
-            return None, found
-        d_state["H"][self.num_used :] = 0.0
-        return d_state["H"], found
+        return d_state["H"] if has_some["H"] else None, found
 
     def _compute_gradients(self, d_weights: dict[int, list[torch.Tensor]]) -> None:
         count = len(self.owner.structs)
@@ -252,10 +253,14 @@ class _Run:
 
     def _sizes(self, call: int) -> list[int]:
         """Floats that a call keeps: for the rows between its blocks, and for each block."""
-        sizes = [(self.num_blocks + 1) * self.rows.tokens * self.width]
-        for block in range(self.num_blocks):
-            sizes += self.owner.saved_sizes(self.owner.structs[0], self._rows(call, block))
-        return [-(-size // 16) * 16 for size in sizes]  # no vector across two lines of the cache
+        of_all, flow = self._saved_sizes(self.rows), (self.num_blocks + 1) * self.rows.tokens
+        last = self._saved_sizes(self._rows(call, self.num_blocks - 1))
+        return [flow * self.width, *of_all * (self.num_blocks - 1), *last]
+
+    def _saved_sizes(self, rows: CRows) -> list[int]:
+        """Of a block; no vector of it lies across two lines of the cache."""
+        sizes = self.owner.saved_sizes(self.owner.structs[0], rows)
+        return [-(-size // 16) * 16 for size in sizes]
 
     def _saved(self, pointers: Sequence[int]) -> int:
         each = len(CSaved._fields_)
