@@ -157,6 +157,22 @@ def test_rows_may_go_through_a_block_in_pieces_of_any_size(monkeypatch, piece, k
         monkeypatch.undo()
 
 
+@pytest.mark.parametrize("dtype", FORMATS)
+def test_nothing_depends_on_what_the_memory_held(dtype, kind):
+    model = build_model(preset("test", **WIDE), seed=1)
+    batch, blocks = stream(model.config, padding=5), kind(model, dtype)
+    blocks.pack()
+    for select in (None, SELECT):
+        with using(2):
+            plan = blocks.rows(batch[2])
+            expected = gradients(model, batch, plan, None, select, blocks)
+            for memory in (*blocks._free, blocks._workspace):
+                memory.fill_(torch.nan)
+            found = gradients(model, batch, plan, None, select, blocks)
+        for name, value in found.items():
+            assert torch.equal(value, expected[name]), name
+
+
 def test_a_thread_without_rows_adds_nothing(kind):
     model = build_model(preset("test", **WIDE), seed=1)
     layout = RowLayout.from_blocks([50, 50], [[(0, 30)], [(0, 20)]])

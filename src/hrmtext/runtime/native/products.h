@@ -62,20 +62,21 @@ inline auto ask_for(const Finish& finish, int64_t row, int64_t block, int)
 template <class Finish>
 inline void ask_for(const Finish&, int64_t, int64_t, long) {}
 
-// Inputs [inputs) of a tile, begun or continued; the sums are in `sums`, (ROWS, BLOCKS, LANES).
+// Inputs [inputs) of a tile of a weight with `all`, begun or continued (`adds`); the sums are in `sums`,
+// (ROWS, BLOCKS, LANES).
 template <int ROWS, int BLOCKS, class T>
 inline void piece_tile(const T* w, const T* x, int64_t stride, int64_t all, Range inputs, int64_t block,
-                       float* sums) {
+                       float* sums, bool adds) {
     tile<ROWS, BLOCKS, false>(w + (block * all + inputs.begin) * LANES, all * LANES, x + inputs.begin,
-                              stride, inputs.end - inputs.begin, sums, BLOCKS * LANES, inputs.begin > 0);
+                              stride, inputs.end - inputs.begin, sums, BLOCKS * LANES, adds);
 }
 
 template <int ROWS, class T>
 inline void rows_tile(int64_t count, const T* w, const T* x, int64_t stride, int64_t all, Range inputs,
-                      int64_t block, float* sums) {
+                      int64_t block, float* sums, bool adds) {
     if constexpr (ROWS > 0) {
-        if (count == ROWS) piece_tile<ROWS, 2>(w, x, stride, all, inputs, block, sums);
-        else rows_tile<ROWS - 1>(count, w, x, stride, all, inputs, block, sums);
+        if (count == ROWS) piece_tile<ROWS, 2>(w, x, stride, all, inputs, block, sums, adds);
+        else rows_tile<ROWS - 1>(count, w, x, stride, all, inputs, block, sums, adds);
     }
 }
 
@@ -83,23 +84,25 @@ inline void rows_tile(int64_t count, const T* w, const T* x, int64_t stride, int
 // `finish(row, block, left, right)` gets the sums, in a loop: a copy for each sum is slower to fetch
 // than what it computes. It is copied, so that what it holds by value may stay in registers.
 template <class T, class Finish>
-__attribute__((flatten)) void near_product(const T* w, const T* x, int64_t stride, int64_t inputs,
-                                           int64_t rows, Range range, const Finish finish) {
+__attribute__((flatten)) void near_product(const T* w, const T* x, int64_t stride, int64_t all,
+                                           Range inputs, int64_t rows, Range range,
+                                           const Finish finish) {
     alignas(64) float between[NEAR_ROWS * 2 * LANES];
     const int64_t pieces = (rows + NEAR_ROWS - 1) / NEAR_ROWS;
     for (int64_t piece = 0; piece < pieces; ++piece) {
         const Range here = part(rows, piece, pieces);  // of like size, as their tiles are
         const int64_t count = here.end - here.begin, tiles = (count + TILE_ROWS - 1) / TILE_ROWS;
         for (int64_t block = range.begin; block < range.end; block += 2)
-            for (int64_t k = 0; k < inputs; k += NEAR_INPUTS) {
-                const Range some{k, k + NEAR_INPUTS < inputs ? k + NEAR_INPUTS : inputs};
+            for (int64_t k = inputs.begin; k < inputs.end; k += NEAR_INPUTS) {
+                const Range some{k, std::min(k + NEAR_INPUTS, inputs.end)};
                 for (int64_t t = 0; t < tiles; ++t) {
                     const Range mine = part(count, t, tiles);
                     float* sums = between + mine.begin * 2 * LANES;
                     const int64_t first = here.begin + mine.begin, size = mine.end - mine.begin;
-                    const bool is_last = some.end == inputs;
+                    const bool is_last = some.end == inputs.end;
                     for (int64_t r = 0; is_last && r < size; ++r) ask_for(finish, first + r, block, 0);
-                    rows_tile<TILE_ROWS>(size, w, x + first * stride, stride, inputs, some, block, sums);
+                    rows_tile<TILE_ROWS>(size, w, x + first * stride, stride, all, some, block, sums,
+                                         k > inputs.begin);
 #pragma GCC unroll 4
                     for (int64_t r = 0; is_last && r < size; ++r) {
                         const float* sum = sums + r * 2 * LANES;
@@ -110,34 +113,43 @@ __attribute__((flatten)) void near_product(const T* w, const T* x, int64_t strid
     }
 }
 
-// The same, so many blocks at a time that their weights stay in the second cache for all rows.
+// The same, so many blocks at a time that their weights stay in the second cache for all rows. Of the
+// `all` inputs that weights and rows have, only those of a range are multiplied.
 template <class T, class Finish>
-void product(const T* w, const T* x, int64_t stride, int64_t inputs, int64_t rows, Range range,
-             const Finish& finish) {
+void product_of(const T* w, const T* x, int64_t stride, int64_t all, Range inputs, int64_t rows,
+                Range range, const Finish& finish) {
     if (rows == 1)  // enough sums at once to hide the latency of one
         for (; range.begin + 8 <= range.end; range.begin += 8) {
             alignas(64) float sums[8 * LANES];
-            piece_tile<1, 8>(w, x, stride, inputs, Range{0, inputs}, range.begin, sums);
+            piece_tile<1, 8>(w, x, stride, all, inputs, range.begin, sums, false);
             for (int64_t b = 0; b < 8; b += 2)
                 finish(0, range.begin + b, load(sums + b * LANES), load(sums + (b + 1) * LANES));
         }
-    const int64_t pair = 2 * LANES * inputs * int64_t(sizeof(T));  // bytes of two blocks
+    const int64_t pair = 2 * LANES * (inputs.end - inputs.begin) * int64_t(sizeof(T));  // bytes
     const int64_t group = 2 * std::max<int64_t>(1, NEAR_BYTES / pair);
     for (; range.begin < range.end; range.begin += group) {
         const Range some{range.begin, std::min(range.end, range.begin + group)};
-        near_product(w, x, stride, inputs, rows, some, finish);
+        near_product(w, x, stride, all, inputs, rows, some, finish);
     }
 }
 
 #if defined(__AVX512BF16__)
 // The same of bf16, whose pairs along the inputs lie together in weights and rows.
 template <class Finish>
-void product(const Bf16* w, const Bf16* x, int64_t stride, int64_t inputs, int64_t rows, Range range,
-             const Finish& finish) {
-    product(reinterpret_cast<const Pair*>(w), reinterpret_cast<const Pair*>(x), stride / 2,
-            inputs / 2, rows, range, finish);
+void product_of(const Bf16* w, const Bf16* x, int64_t stride, int64_t all, Range inputs, int64_t rows,
+                Range range, const Finish& finish) {
+    const Range pairs{inputs.begin / 2, inputs.end / 2};
+    product_of(reinterpret_cast<const Pair*>(w), reinterpret_cast<const Pair*>(x), stride / 2, all / 2,
+               pairs, rows, range, finish);
 }
 #endif
+
+// Of all inputs.
+template <class E, class Finish>
+void product(const E* w, const E* x, int64_t stride, int64_t inputs, int64_t rows, Range range,
+             const Finish& finish) {
+    product_of(w, x, stride, inputs, Range{0, inputs}, rows, range, finish);
+}
 
 // All blocks of so many columns.
 inline Range blocks(int64_t columns) { return {0, columns / LANES}; }

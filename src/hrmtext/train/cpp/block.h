@@ -13,6 +13,7 @@
 #include <cstdint>
 
 #include "arena.h"
+#include "around.h"
 #include "attention.h"
 #include "layout.h"
 #include "norms.h"
@@ -20,49 +21,6 @@
 #include "products.h"
 #include "threads.h"
 #include "vectors.h"
-
-// What a product takes of rows in fp32: the same, or rounded into `into`.
-inline const float* operand(const float* x, int64_t, int64_t, int64_t, float*) { return x; }
-#if defined(__AVX512BF16__)
-inline const Bf16* operand(const float* x, int64_t stride, int64_t rows, int64_t columns, Bf16* into) {
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t i = 0; i < columns; i += 2 * LANES)
-            put(into + row * stride + i, load(x + row * stride + i), load(x + row * stride + i + LANES));
-    return into;
-}
-#endif
-
-// Turns the same dimensions, from `angle` on, of both halves of a head by the tables of a row.
-struct Rotation {
-    const float *cos, *sin;
-    int64_t stride;
-    void operator()(Vec& left, Vec& right, int64_t row, int64_t angle, bool back = false) const {
-        const Vec c = load(cos + row * stride + angle), s = load(sin + row * stride + angle);
-        const Vec was = left, turned = back ? -s : s;
-        left = was * c - right * turned;
-        right = right * c + was * turned;
-    }
-};
-
-// Adds a product's sums to rows of `x`, those of the listed tokens if there is a list, into `out`.
-struct AddTo {
-    const float* x;
-    int64_t x_stride;
-    const int64_t* tokens;
-    int64_t first;  // token of the first row of `x`
-    float* out;
-    int64_t stride;
-    void operator()(int64_t row, int64_t block, Vec left, Vec right) const {
-        const float* from = x + (tokens ? tokens[row] - first : row) * x_stride + block * LANES;
-        float* to = out + row * stride + block * LANES;
-        store(to, load(from) + left);
-        store(to + LANES, load(from + LANES) + right);
-    }
-    void ask_for(int64_t row, int64_t block) const {
-        __builtin_prefetch(out + row * stride + block * LANES, 1);
-        __builtin_prefetch(out + row * stride + block * LANES + LANES, 1);
-    }
-};
 
 // Some rows of a thread: their tokens and outputs, both counted from the first of all.
 struct Piece {
@@ -83,6 +41,7 @@ class Worker {
         const int64_t most = std::max(r.longest, r.piece + (r.longest + 1) / 2);  // tokens at once
         normed = arena.take<E>(most * flow);
         gated = arena.take<E>(most * attn);
+        chosen = arena.take<E>(most * flow);
         act = arena.take<E>(chunk * inner);
         if (!is_backward) {
             own_gqkv = arena.take<E>(most * wide);
@@ -96,6 +55,7 @@ class Worker {
             d_attended = arena.take<E>(most * attn);
             d_gqkv = arena.take<float>(most * wide);
             d_projected = arena.take<E>(most * wide);
+            d_chosen = arena.take<E>(most * wide);
             weights = arena.take<float>(weight_count(b));
             scratch = arena.take<float>(crossed_scratch(std::max({D, A, M})));
         }
@@ -158,6 +118,7 @@ class Worker {
             gqkv = s.gqkv ? static_cast<E*>(s.gqkv) + first * wide : own_gqkv;
             attended = s.gqkv ? s.attended + first * attn : own_attended;
             middle = s.gqkv ? s.middle + first_output * flow : own_middle;
+            d_own = r.select ? d_chosen : d_projected;
             gate_up = s.gqkv ? static_cast<E*>(s.gate_up) + first_output * 2 * M : nullptr;
             work(Piece{first, count, first_output, outputs});
         }
@@ -174,7 +135,7 @@ class Worker {
 
     void forward_piece(const float* x, float* y) {
         norm_rows(x, D, count);
-        project(normed);
+        project();
         for (int64_t row = first_row; row < end_row; ++row)
             for (int64_t n = 0; n < b.heads; ++n) attention.forward(head(row, n));
         gate_outputs();
@@ -185,20 +146,46 @@ class Worker {
             feed_forward(from, std::min(chunk, outputs - from), y + from * D);
     }
 
-    // Gate, queries and keys, rotated, and values of the piece.
-    void project(const E* x) {
+    // Gate, queries and keys, rotated, and values of the piece; gates and queries only where they are
+    // wanted.
+    void project() {
+        const int64_t own = 2 * A / LANES, all = 4 * A / LANES;
+        if (!r.select) return project(normed, count, Range{0, all}, nullptr);
+        project(chosen_rows(), outputs, Range{0, own}, r.select + first_output);
+        project(normed, count, Range{own, all}, nullptr);
+        // Queries between wanted ones are computed too: of zeros, not of what the memory held.
+        for (int64_t row = first_row; row < end_row; ++row) {
+            const int64_t end = r.starts[row + 1], last = outputs_before(end);
+            for (int64_t output = outputs_before(r.starts[row]); output < last; ++output) {
+                const int64_t next = output + 1 < last ? r.select[output + 1] : end;
+                for (int64_t t = r.select[output] + 1; t < next; ++t)
+                    std::fill_n(gqkv + (t - first) * wide + A, A, E{});
+            }
+        }
+    }
+
+    // Blocks [range) of it of rows of `x`: of all tokens, or of those that are listed.
+    void project(const E* x, int64_t rows, Range range, const int64_t* tokens) {
         E* const to = gqkv;
         const Rotation turn{r.cos + first * K, r.sin + first * K + K / 2, K};
-        const int64_t stride = wide;
+        const int64_t stride = wide, begin = first;
         const Order order(b);
-        product(weight(b.gqkv), x, flow, D, count, blocks(4 * A),
+        product(weight(b.gqkv), x, flow, D, rows, range,
                 Fetching([=](int64_t row, int64_t at, Vec left, Vec right) {
-                    const int64_t angle = order.angle(at);
-                    if (angle >= 0) turn(left, right, row, angle);
-                    put(to + row * stride + at * LANES, left, right);
+                    const int64_t t = tokens ? tokens[row] - begin : row, angle = order.angle(at);
+                    if (angle >= 0) turn(left, right, t, angle);
+                    put(to + t * stride + at * LANES, left, right);
                 }, [=](int64_t row, int64_t at) {
-                    __builtin_prefetch(to + row * stride + at * LANES, 1);
+                    const int64_t t = tokens ? tokens[row] - begin : row;
+                    __builtin_prefetch(to + t * stride + at * LANES, 1);
                 }));
+    }
+
+    // The normed rows of the piece's outputs, one behind the other.
+    const E* chosen_rows() {
+        for (int64_t row = 0; row < outputs; ++row)
+            std::copy_n(normed + token(row) * flow, D, chosen + row * flow);
+        return chosen;
     }
 
     // The SwiGLU of some outputs.
@@ -225,12 +212,8 @@ class Worker {
         gate_outputs();
         const E* d_sum = operand(d_middle, flow, outputs, D, rounded);
         crossed_product(d_sum, flow, gated, attn, outputs, D, A, d.o, A, adds, scratch);
-        if (r.select)  // the others get nothing through gate and attention
-            for (int64_t t = 0; t < count; ++t) {
-                std::fill(d_attended + t * attn, d_attended + t * attn + A, E{});
-                std::fill(d_projected + t * wide, d_projected + t * wide + A, E{});
-                std::fill(d_gqkv + t * wide + A, d_gqkv + t * wide + 2 * A, 0.0f);
-            }
+        if (r.select)  // the others get nothing through attention
+            for (int64_t t = 0; t < count; ++t) std::fill_n(d_attended + t * attn, A, E{});
         through_output(d_sum);
         for (int64_t row = first_row; row < end_row; ++row)
             for (int64_t n = 0; n < b.heads; ++n) {
@@ -241,8 +224,7 @@ class Worker {
             }
         turn_back();
         norm_rows(x, D, count);
-        crossed_product(d_projected, wide, normed, flow, count, 4 * A, D, d.gqkv, D, adds, scratch);
-        product(weight(b.gqkv_t), d_projected, wide, 4 * A, count, blocks(D), Put{d_normed, flow});
+        through_projection(d.gqkv, adds);
         for (int64_t t = 0; t < count; ++t)
             norm_backward(x + t * D, d_normed + t * flow, d_x + t * D, D, b.eps);
         for (int64_t row = 0; row < outputs; ++row) {
@@ -278,7 +260,7 @@ class Worker {
         const int64_t begin = first, stride = wide, out_stride = attn;
         const E* const from = gqkv;
         const float* const out = attended;
-        E *const d_out = d_attended, *const d_gates = d_projected;
+        E *const d_out = d_attended, *const d_gates = d_own;
         auto through = [=](int64_t t, int64_t at, Vec d_gated, Vec& d_gate) {
             const Vec open = sigmoid_as(E{}, get(from + t * stride + at));
             d_gate = d_gated * load(out + t * out_stride + at) * open * (spread(1.0f) - open);
@@ -292,7 +274,7 @@ class Worker {
                     left = through(t, at, left, d_left);
                     right = through(t, at + LANES, right, d_right);
                     put(d_out + t * out_stride + at, left, right);
-                    put(d_gates + t * stride + at, d_left, d_right);
+                    put(d_gates + row * stride + at, d_left, d_right);
                 });
     }
 
@@ -336,20 +318,52 @@ class Worker {
 
     // The gradients of queries and keys before they were rotated, and of values, in the weight's order.
     void turn_back() {
-        const int64_t half = K / 2, size = A;
-        const Rotation turn{r.cos + first * K, r.sin + first * K + half, K};
+        for (int64_t row = 0; row < outputs; ++row) turn_back(token(row), A, d_own + row * wide);
         for (int64_t t = 0; t < count; ++t) {
-            const float* from = d_gqkv + t * wide;
-            E* to = d_projected + t * wide;
-            for (int64_t head = size; head < 3 * size; head += 2 * half)
-                for (int64_t i = 0; i < half; i += LANES) {
-                    Vec left = load(from + head + 2 * i), right = load(from + head + 2 * i + LANES);
-                    turn(left, right, t, i, true);
-                    put(to + head + i, left);
-                    put(to + head + half + i, right);
-                }
-            for (int64_t i = 3 * size; i < 4 * size; i += LANES) put(to + i, load(from + i));
+            turn_back(t, 2 * A, d_projected + t * wide);
+            for (int64_t i = 3 * A; i < 4 * A; i += 2 * LANES)
+                put(d_projected + t * wide + i, load(d_gqkv + t * wide + i),
+                    load(d_gqkv + t * wide + i + LANES));
         }
+    }
+
+    // All heads of a token, of queries or of keys, which begin at a column.
+    void turn_back(int64_t t, int64_t column, E* to) const {
+        const int64_t half = K / 2, end = column + A;
+        const float* from = d_gqkv + t * wide;
+        const Rotation turn{r.cos + first * K, r.sin + first * K + half, K};
+        for (int64_t head = column; head < end; head += 2 * half)
+            for (int64_t i = 0; i < half; i += LANES) {
+                Vec left = load(from + head + 2 * i), right = load(from + head + 2 * i + LANES);
+                turn(left, right, t, i, true);
+                put(to + head + i, left);
+                put(to + head + half + i, right);
+            }
+    }
+
+    // `d_normed`, and the gradient of the weight of gate, queries, keys and values.
+    void through_projection(float* d_weight, bool adds) {
+        const E* const w = weight(b.gqkv_t);
+        if (!r.select) {
+            crossed_product(d_projected, wide, normed, flow, count, 4 * A, D, d_weight, D, adds, scratch);
+            product(w, d_projected, wide, 4 * A, count, blocks(D), Put{d_normed, flow});
+            return;
+        }
+        const E *d_others = d_projected + 2 * A, *x = chosen_rows();
+        crossed_product(d_own, wide, x, flow, outputs, 2 * A, D, d_weight, D, adds, scratch);
+        crossed_product(d_others, wide, normed, flow, count, 2 * A, D, d_weight + 2 * A * D, D, adds,
+                        scratch);
+        product_of(w, d_projected, wide, 4 * A, Range{2 * A, 4 * A}, count, blocks(D),
+                   Put{d_normed, flow});
+        float* const to = d_normed;
+        const int64_t* const tokens = r.select + first_output;
+        const int64_t begin = first, stride = flow;
+        product_of(w, d_own, wide, 4 * A, Range{0, 2 * A}, outputs, blocks(D),
+                   [=](int64_t row, int64_t at, Vec left, Vec right) {
+                       float* here = to + (tokens[row] - begin) * stride + at * LANES;
+                       store(here, load(here) + left);
+                       store(here + LANES, load(here + LANES) + right);
+                   });
     }
 
     // sigmoid(gate) * attended of the piece's outputs.
@@ -383,7 +397,9 @@ class Worker {
     const int64_t chunk;  // outputs that go through SwiGLU together
     RowAttention<E> attention;
     E *normed, *gated, *act, *d_gate_up = nullptr, *rounded = nullptr, *own_gqkv = nullptr;
-    E *d_attended = nullptr, *d_projected = nullptr;  // the latter of gate, queries, keys and values
+    E* chosen;  // normed rows of the outputs
+    E *d_attended = nullptr, *d_projected = nullptr;  // the latter of gate, queries, keys and values;
+    E* d_chosen = nullptr;  // of the first two where only some tokens are outputs, by output
     float *own_attended = nullptr, *own_middle = nullptr;
     float *d_normed = nullptr, *d_middle = nullptr, *d_gqkv = nullptr;
     float* scratch = nullptr;
@@ -391,5 +407,5 @@ class Worker {
     // Of the piece: its rows, tokens and outputs, and where its values are.
     int64_t first_row, end_row, first, count, first_output, outputs;
     float *attended, *middle;
-    E *gqkv, *gate_up;
+    E *gqkv, *gate_up, *d_own;  // the last: where the gradients of gates and queries are
 };
