@@ -131,7 +131,7 @@ void squares_on_threads(const int64_t* counts, int64_t num, double* found, int64
     std::vector<int64_t> firsts(num + 1);  // parts, of all
     for (int64_t n = 0; n < num; ++n) firsts[n + 1] = firsts[n] + worthwhile(counts[n], MOST_PARTS);
     std::vector<double> sums(firsts[num]);
-    threads = std::min(threads, firsts[num]);
+    threads = std::max<int64_t>(1, std::min(threads, firsts[num]));
     on_threads(threads, [&](int64_t thread) {
         const Range mine = part(firsts[num], thread, threads);
         int64_t n = 0;
