@@ -11,9 +11,11 @@ pretraining row has one block, its prompt; a chat row has one per user turn.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
 import torch
 
 from hrmtext.errors import DataError
@@ -134,6 +136,17 @@ class RowLayout:
         return starts
 
 
+class Targets(NamedTuple):
+    """The S tokens of a batch that bear loss."""
+
+    select: torch.Tensor
+    """(S) int64, their stream indices, ascending."""
+    labels: torch.Tensor
+    """(S) int64."""
+    row_of: torch.Tensor
+    """(S) int64, the row of each."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PackedBatch:
     """Rows of different length in one token stream, for training and scoring.
@@ -244,8 +257,16 @@ class PackedBatch:
         )
 
     def supervised(self) -> torch.Tensor:
-        """(N) stream indices of the tokens that bear loss."""
-        return (self.labels != IGNORE).nonzero().squeeze(1)
+        """(S) stream indices of the tokens that bear loss."""
+        return self.targets.select.to(self.labels.device)
+
+    @functools.cached_property
+    def targets(self) -> Targets:
+        """The tokens that bear loss, on the CPU; found once."""
+        labels = self.labels.cpu().numpy()
+        select = np.flatnonzero(labels != IGNORE)
+        row_of = np.searchsorted(np.cumsum(self.layout.lengths), select, side="right")
+        return Targets(*map(torch.from_numpy, (select, labels[select], row_of)))
 
     def validate(self, vocab_size: int) -> None:
         """Check shapes, ranges and the layout.

@@ -273,10 +273,10 @@ def read_index(folder: Path, tokens: Array, turns: Array | None = None) -> RowIn
                 f"{path} points beyond tokens.npy, which has {len(tokens)} tokens: one of the two "
                 "is truncated or from another run"
             )
-        # Values are small, so uint64 can be read as int64 without a copy.
-        arrays.append(
-            array.view(np.int64) if array.dtype == np.uint64 else array.astype(np.int64, copy=False)
-        )
+        # Values are small, so uint64 can be read as int64 without a copy; what is taken of a plain
+        # array costs half of what it costs of a memory map.
+        as_int64 = array.view(np.int64) if array.dtype == np.uint64 else array
+        arrays.append(np.asarray(as_int64.astype(np.int64, copy=False)))
     extras = {}
     for name in EXTRA_NAMES:
         path = folder / f"{name}.npy"

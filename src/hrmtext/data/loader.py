@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import queue
 import threading
+from collections import deque
 from collections.abc import Generator, Iterator
 from typing import Any
 
@@ -205,6 +205,7 @@ class Loader:
                     supervise_prompts=self.supervise_prompts,
                 )
             )
+            bins[-1].supervised()  # found ahead of the step that asks
         return GlobalBatch(
             index=index,
             epoch=epoch.number,
@@ -242,18 +243,21 @@ class Loader:
 
 
 def _ahead(source: Generator[GlobalBatch], depth: int) -> Iterator[GlobalBatch]:
-    """`source`, computed up to `depth` items ahead by a thread; its errors surface here."""
-    items: queue.Queue[GlobalBatch | BaseException] = queue.Queue(maxsize=depth)
-    stopped = threading.Event()
+    """`source`, computed up to `depth` items ahead by a thread; its errors surface here.
+
+    The thread goes on when half of them are used: of several in a row, each takes half the time of
+    one whose code and data have left the caches.
+    """
+    items: deque[GlobalBatch | BaseException] = deque()
+    changed, is_stopped = threading.Condition(), False
 
     def put(item: GlobalBatch | BaseException) -> bool:
-        while not stopped.is_set():
-            try:
-                items.put(item, timeout=0.1)
-            except queue.Full:
-                continue
-            return True
-        return False
+        with changed:
+            items.append(item)
+            changed.notify()
+            if len(items) >= depth:
+                changed.wait_for(lambda: is_stopped or len(items) <= depth // 2)
+            return not is_stopped
 
     def work() -> None:
         try:
@@ -269,10 +273,15 @@ def _ahead(source: Generator[GlobalBatch], depth: int) -> Iterator[GlobalBatch]:
     thread.start()
     try:
         while True:
-            item = items.get()
+            with changed:
+                changed.wait_for(lambda: items)
+                item = items.popleft()
+                changed.notify()
             if isinstance(item, BaseException):
                 raise item
             yield item
     finally:
-        stopped.set()
+        with changed:
+            is_stopped = True
+            changed.notify()
         thread.join()

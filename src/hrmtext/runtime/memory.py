@@ -16,6 +16,11 @@ LARGE_PAGE = 1 << 21
 """Bytes."""
 RELEASE_SECONDS = 1.0
 """Seconds between two releases of a run's free memory."""
+KEPT_BYTES = 128 << 20
+"""Free memory that a run on the CPU keeps: fetching pages anew takes 2 % of a small step's time."""
+MAPPED_BYTES = 32 << 20
+"""Size from which memory comes from the system and goes back to it by itself; glibc's most."""
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 
 
 def peak_memory_bytes(device: torch.device) -> int | None:
@@ -62,27 +67,60 @@ def release_free_memory() -> bool:
     Packed batches allocate tensors of ever new sizes; glibc keeps the holes between them, and a
     long run on the CPU grows by gigabytes. Takes 2 to 20 ms, and the pages are fetched anew.
     """
-    trim = _malloc_trim()
+    trim = _of_libc("malloc_trim")
     return trim is not None and bool(trim(0))
 
 
+def keep_free_memory() -> bool:
+    """Let the process's C allocator keep up to KEPT_BYTES; False where it is not glibc's."""
+    mallopt = _of_libc("mallopt")
+    if mallopt is None:
+        return False
+    # The first alone would leave the second at 128 KiB.
+    thresholds = ((_M_TRIM_THRESHOLD, KEPT_BYTES), (_M_MMAP_THRESHOLD, MAPPED_BYTES))
+    return all(mallopt(name, size) == 1 for name, size in thresholds)
+
+
+def free_memory_bytes() -> int | None:
+    """What the C allocator holds and nobody uses; None where it does not tell."""
+    mallinfo = _of_libc("mallinfo2")
+    if mallinfo is None:
+        return None
+    mallinfo.restype = _MallocInfo
+    return int(mallinfo().fordblks)
+
+
+class _MallocInfo(ctypes.Structure):
+    """glibc's `struct mallinfo2`."""
+
+    _fields_ = [
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks",
+                     "uordblks", "fordblks", "keepcost")
+    ]  # fmt: skip
+
+
 class MemoryRelease:
-    """Releases a CPU run's free memory now and then; on other devices it does nothing."""
+    """Releases a CPU run's free memory when it is much; on other devices it does nothing."""
 
     def __init__(self, device: torch.device) -> None:
         self.is_for_cpu = device.type == "cpu"
         self.last = time.monotonic()
+        if self.is_for_cpu:
+            keep_free_memory()
 
     def tick(self) -> None:
         """To be called after every step, between which memory is full of holes."""
         if self.is_for_cpu and time.monotonic() >= self.last + RELEASE_SECONDS:
-            release_free_memory()
+            free = free_memory_bytes()
+            if free is None or free > KEPT_BYTES:
+                release_free_memory()
             self.last = time.monotonic()
 
 
-@lru_cache(maxsize=1)
-def _malloc_trim() -> Any:
+@lru_cache
+def _of_libc(name: str) -> Any:
     try:
-        return ctypes.CDLL(None).malloc_trim
+        return getattr(ctypes.CDLL(None), name)
     except (OSError, AttributeError, TypeError):  # not glibc
         return None

@@ -64,15 +64,14 @@ class Microbatch:
             plan: a plan for what is to call the blocks, in place of an attention backend's.
         """
         # Indices are found on the host: `nonzero` on a GPU would wait for all queued work.
-        select = batch.supervised()
-        ends = torch.tensor(batch.layout.lengths, dtype=torch.int64).cumsum(0)
+        select, labels, row_of = batch.targets
         return cls(
             tokens=send(batch.tokens, device),
             positions=send(batch.positions, device),
             select=send(select, device),
-            labels=send(batch.labels[select], device),
-            row_of=send(torch.bucketize(select, ends, right=True), device),
-            num_rows=len(ends),
+            labels=send(labels, device),
+            row_of=send(row_of, device),
+            num_rows=len(batch.layout.lengths),
             plan=plan
             or make_plan(
                 batch.layout, device=device, dtype=dtype, backend=backend, head_dim=head_dim

@@ -42,10 +42,12 @@ class Modules:
         self.sum_over_shards = sum_over_shards
         self.names = list(dict.fromkeys(module_of(name) for name in named))
         self._index = np.array([self.names.index(module_of(name)) for name in named])
+        pairs = list(zip(self.parameters, self._index.tolist(), strict=True))
+        self._members = [[p for p, of in pairs if of == m] for m in range(len(self.names))]
 
     def members(self, module: int) -> list[torch.nn.Parameter]:
         """The parameters of a module, by its index."""
-        return [p for p, of in zip(self.parameters, self._index, strict=True) if of == module]
+        return self._members[module]
 
     def sums(self, by_parameter: Sequence[float]) -> npt.NDArray[np.float64]:
         """(P) values added up by module: (M)."""
@@ -76,10 +78,4 @@ class Modules:
 
         Of this rank's shards only. Weight decay is not counted as update.
         """
-        members = self.members(module)
-        updates = [optimizer.update_square(parameter) for parameter in members]
-        known = [square for square in updates if square is not None]
-        weights = optimizer.squares([local(parameter) for parameter in members]).sum()
-        return torch.stack(
-            [torch.stack(known).sum() if known else torch.zeros_like(weights), weights]
-        )
+        return optimizer.update_squares(self.members(module))

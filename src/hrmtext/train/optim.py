@@ -81,6 +81,11 @@ class AdamAtan2(torch.optim.Optimizer):
                 if group["ema_decay"] is not None:
                     state["ema"] = parameter.detach().clone()
                 self.state[parameter] = state
+        self._scales: dict[torch.Tensor, float] = {
+            parameter: group.get("lr_scale", 1.0)
+            for group in self.param_groups
+            for parameter in group["params"]
+        }
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """As torch's, without the wrapper that keeps it out of graphs: nothing traces this.
@@ -199,33 +204,35 @@ class AdamAtan2(torch.optim.Optimizer):
             group["lr"] = lr * group.get("lr_scale", 1.0)
 
     @torch.no_grad()
-    def update_square(self, parameter: torch.Tensor) -> torch.Tensor | None:
-        """() fp64: squared norm of the last update of this rank's part at lr 1; None before any.
+    def update_squares(self, parameters: Sequence[torch.Tensor]) -> torch.Tensor:
+        """(2) fp64 on the device: squared norms of their last update at lr 1, and of themselves.
 
-        Weight decay is not counted.
+        Of this rank's parts. Weight decay is not counted as update.
         """
-        state = self.state[parameter]
-        if not state["step"]:
-            return None
-        rate = next(
-            group.get("lr_scale", 1.0)
-            for group in self.param_groups
-            if any(parameter is one for one in group["params"])
-        )
+        weights = [local(parameter) for parameter in parameters]
+        states = [self.state[parameter] for parameter in parameters]
+        moments = [[local(state[name]) for name in _MOMENTS] for state in states]
         beta1, beta2 = self.param_groups[0]["betas"]
-        correction = math.sqrt(1.0 - beta2 ** state["step"])
-        first, second = (local(state[name]).view(-1) for name in _MOMENTS)
-        rate /= 1.0 - beta1 ** state["step"]
-        if self._kernel_of(parameter) == "cpp":
-            square = cpp.squared_angles(cpp.library(), first, second, 1.0 / correction)
-            return torch.tensor(square * rate**2, dtype=torch.float64)
-        square = torch.zeros((), dtype=torch.float64, device=first.device)
-        # Piece by piece: the angles of a large embedding would take as much memory as it does.
-        for m, v in zip(first.split(PIECE), second.split(PIECE), strict=True):
-            scale = v.sqrt().div_(correction)
-            angles = torch.atan2(m, scale, out=scale)
-            square += torch.linalg.vector_norm(angles).double().square()
-        return square * rate**2
+        # A parameter without an update has no moments either.
+        counts = [max(1, state["step"]) for state in states]
+        corrections = [1.0 / math.sqrt(1.0 - beta2**count) for count in counts]
+        rates = [
+            self._scales[parameter] / (1.0 - beta1**count)
+            for parameter, count in zip(parameters, counts, strict=True)
+        ]
+        if all(_suits_cpp(one) for one in weights) and self._kernel_of(weights[0]) == "cpp":
+            angles, squares = cpp.update_squares(cpp.library(), weights, moments, corrections)
+            update = sum(rate**2 * angle for rate, angle in zip(rates, angles, strict=True))
+            return torch.tensor([update, sum(squares)], dtype=torch.float64)
+        update = torch.zeros((), dtype=torch.float64, device=weights[0].device)
+        for (first, second), rate, correction in zip(moments, rates, corrections, strict=True):
+            # Piece by piece: the angles of a large embedding would take as much memory as it does.
+            pieces = (moment.view(-1).split(PIECE) for moment in (first, second))
+            for m, v in zip(*pieces, strict=True):
+                scale = v.sqrt().mul_(correction)
+                angles = torch.atan2(m, scale, out=scale)
+                update += rate**2 * torch.linalg.vector_norm(angles).double().square()
+        return torch.stack([update, self.squares(weights).sum()])
 
     def averages(self) -> list[torch.Tensor]:
         """The averages, in the order of the parameters; ConfigError where none are kept."""

@@ -14,7 +14,7 @@ from hrmtext.data.tokenizer import PromptTokenizer
 from hrmtext.errors import ConfigError, DataError
 from hrmtext.runtime.log import logger
 
-PREFETCH_BATCHES = 2
+PREFETCH_BATCHES = 8
 
 
 class BatchLoader(Protocol):

@@ -62,7 +62,7 @@ class Observation:
     @property
     def gradient_norm(self) -> float:
         """L2 norm of the whole gradient."""
-        return float(np.sqrt(np.square(self.gradient_norms).sum()))
+        return math.hypot(*self.gradient_norms)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,14 @@ from hrmtext.errors import BackendError, NonFiniteError
 from hrmtext.model.depth import Depth
 from hrmtext.model.layers import BlockCall
 from hrmtext.runtime import dist
-from hrmtext.train.cpp import CppBlocks, CppHead, choose_blocks, choose_head
+from hrmtext.train.cpp import (
+    CppBlocks,
+    CppHead,
+    CppModel,
+    CppRecurrence,
+    choose_blocks,
+    choose_head,
+)
 from hrmtext.train.loss import NUM_SUMS, Microbatch, forward_loss, step_sums
 from hrmtext.train.modules import Modules
 from hrmtext.train.optim import AdamAtan2, local
@@ -64,11 +71,14 @@ class TrainStep:
         self.device = device
         self.blocks: CppBlocks | None = None
         self.cpp_head: CppHead | None = None
+        self.cpp_model: CppModel | None = None
         if isinstance(compute, ComputeModel):
             self.blocks = choose_blocks(compute.master, config, device, compute.dtype)
             if self.blocks is not None:
                 compute.use_master()
                 self.cpp_head = choose_head(config, self.blocks.dtype)
+            if isinstance(self.blocks, CppRecurrence) and self.cpp_head is not None:
+                self.cpp_model = CppModel(compute.master, self.blocks, self.cpp_head)
         elif config.block_kernel == "cpp":
             raise BackendError(
                 "block_kernel=cpp needs whole weights, and parallel spreads them over the ranks; "
@@ -140,14 +150,18 @@ class TrainStep:
         if self.blocks is not None:
             self.blocks.pack()
         for packed in bins:
+            plan = None if self.blocks is None else self.blocks.rows(packed.layout)
             micro = Microbatch.prepare(
                 packed,
                 device=self.device,
                 dtype=self.compute.dtype,
                 backend=self.config.attention,
                 head_dim=self.compute.module.config.head_dim,
-                plan=None if self.blocks is None else self.blocks.rows(packed.layout),
+                plan=plan,
             )
+            if plan is not None and (direct := self._direct(micro, depth)) is not None:
+                sums += direct.add_gradients(micro, plan, depth, scale)
+                continue
             with self._watched(micro) as call_block:
                 loss = self.compute.call(
                     forward_loss,
@@ -165,14 +179,25 @@ class TrainStep:
                 sums += step_sums(loss, micro)
         return sums
 
+    def _direct(self, micro: Microbatch, depth: Depth) -> CppModel | None:
+        """What computes this microbatch without autograd; None: it takes the general way."""
+        model = self.cpp_model
+        has_other_losses = self.config.elastic.early_loss_weight and depth.H_cycles > 1
+        if model is None or has_other_losses or self._is_watched(micro):
+            return None
+        return model if model.suits(depth, len(micro.labels)) else None
+
+    def _is_watched(self, micro: Microbatch) -> bool:
+        """The first bin of a step is watched where telemetry is due."""
+        return self._probe is not None and not self._probe.has_seen and len(micro.labels) > 0
+
     @contextlib.contextmanager
     def _watched(self, micro: Microbatch) -> Iterator[BlockCall | None]:
-        """What calls the blocks; the first bin of a step is watched where telemetry is due."""
-        probe = self._probe
-        if probe is None or probe.has_seen or not len(micro.labels):
+        """What calls the blocks."""
+        if self._probe is None or not self._is_watched(micro):
             yield self.call_block
         else:
-            with probe.forward(micro, self.call_block) as call_block:
+            with self._probe.forward(micro, self.call_block) as call_block:
                 yield call_block
 
     def refuse(self, batch: GlobalBatch, seen: Observation, step: int) -> NoReturn:

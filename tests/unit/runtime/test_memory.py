@@ -2,12 +2,21 @@
 
 import mmap
 import platform
+import subprocess
+import sys
 
 import psutil
 import pytest
 import torch
 
-from hrmtext.runtime.memory import LARGE_PAGE, empty_in_large_pages, release_free_memory
+from hrmtext.runtime import memory
+from hrmtext.runtime.memory import (
+    LARGE_PAGE,
+    MemoryRelease,
+    empty_in_large_pages,
+    free_memory_bytes,
+    release_free_memory,
+)
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="malloc_trim is glibc's")
@@ -47,3 +56,55 @@ def test_without_large_pages_memory_is_ordinary(monkeypatch):
 
     monkeypatch.setattr(mmap, "mmap", refuse)
     assert empty_in_large_pages(3_000_001, torch.float32).shape == (3_000_001,)
+
+
+STEPS = """
+import ctypes, resource, sys
+from hrmtext.runtime.memory import keep_free_memory
+
+libc = ctypes.CDLL(None)
+libc.malloc.restype = ctypes.c_void_p
+if sys.argv[1] == "keep":
+    assert keep_free_memory()
+blocks, faults = [0] * 1000, []
+for _ in range(10):
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    for index in range(len(blocks)):
+        blocks[index] = ctypes.c_void_p(libc.malloc(80_000))
+        ctypes.memset(blocks[index], 1, 80_000)
+    for block in reversed(blocks):
+        libc.free(block)
+print(faults[-1] - faults[1])
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallopt is glibc's")
+def test_what_a_step_frees_is_not_fetched_anew_in_the_next():
+    def faults(mode):
+        command = [sys.executable, "-c", STEPS, mode]
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+        return int(done.stdout)
+
+    assert faults("keep") < 200 < 10_000 < faults("as it is")
+
+
+@pytest.mark.parametrize("free", [None, 0, memory.KEPT_BYTES, memory.KEPT_BYTES + 1])
+def test_free_memory_goes_back_when_it_is_much_or_nobody_knows(monkeypatch, free):
+    released = []
+    monkeypatch.setattr(memory, "RELEASE_SECONDS", 0.0)
+    monkeypatch.setattr(memory, "free_memory_bytes", lambda: free)
+    monkeypatch.setattr(memory, "release_free_memory", lambda: released.append(1))
+    MemoryRelease(torch.device("cpu")).tick()
+    assert len(released) == (free is None or free > memory.KEPT_BYTES)
+    MemoryRelease(torch.device("meta")).tick()
+    assert len(released) == (free is None or free > memory.KEPT_BYTES)
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="mallinfo2 is glibc's")
+def test_the_allocator_tells_what_is_free():
+    blocks = [bytearray(60_000) for _ in range(1_000)]
+    before = free_memory_bytes()
+    if before is None:
+        pytest.skip("this glibc has no mallinfo2")
+    del blocks[::2]
+    assert free_memory_bytes() - before > 25_000_000

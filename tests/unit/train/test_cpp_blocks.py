@@ -89,7 +89,7 @@ def gradients(model, batch, plan, depth, select, call_block=None):
 
 def by_angle(config):
     """Rows of gqkv as they are computed: of queries and keys both halves of a head in turn."""
-    heads, lanes = config.num_heads, blocks_module.library().hrm_block_lanes()
+    heads, lanes = config.num_heads, blocks_module.library().hrm_lanes()
     gate, *rotated, values = torch.arange(4 * heads * config.head_dim).chunk(4)
     halves = [part.view(heads, 2, -1, lanes).transpose(1, 2).flatten() for part in rotated]
     return torch.cat([gate, *halves, values])
@@ -210,7 +210,7 @@ def test_a_circle_of_rows_is_shared_and_gives_the_same(monkeypatch, kind):
 def test_weights_are_packed_anew_as_they_are_read(dtype):
     config = preset("test", **WIDE)
     model = build_model(config, seed=1)
-    block, lanes = model.model.H_module.layers[0], blocks_module.library().hrm_block_lanes()
+    block, lanes = model.model.H_module.layers[0], blocks_module.library().hrm_lanes()
     blocks = CppBlocks(model, dtype)
     how = {"lanes": lanes, "bf16": dtype == torch.bfloat16}
     for change in (0.0, 0.3):

@@ -199,7 +199,7 @@ def test_the_size_of_an_update_is_that_of_fp64_for_any_number_of_threads(size):
         try:
             for threads in (1, 2, 5):
                 torch.set_num_threads(threads)
-                squares[kernel, threads] = float(optimizer.update_square(parameter))
+                squares[kernel, threads] = optimizer.update_squares([parameter]).tolist()
                 both = [parameter.grad, parameter.detach()]
                 plain[kernel, threads] = optimizer.squares(both).tolist()
         finally:

@@ -2,7 +2,8 @@
 
 from hrmtext.train.cpp.blocks import CppBlocks
 from hrmtext.train.cpp.choice import choose_blocks, choose_head
+from hrmtext.train.cpp.direct import CppModel
 from hrmtext.train.cpp.head import CppHead
 from hrmtext.train.cpp.recurrence import CppRecurrence
 
-__all__ = ["CppBlocks", "CppHead", "CppRecurrence", "choose_blocks", "choose_head"]
+__all__ = ["CppBlocks", "CppHead", "CppModel", "CppRecurrence", "choose_blocks", "choose_head"]

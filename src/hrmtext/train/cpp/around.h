@@ -16,12 +16,14 @@ inline const Bf16* operand(const float* x, int64_t stride, int64_t rows, int64_t
 }
 #endif
 
-// Turns the same dimensions, from `angle` on, of both halves of a head by the tables of a row.
+// Turns the same dimensions, from `angle` on, of both halves of a head by the tables of a token.
 struct Rotation {
+    const int64_t* positions;  // rows of the tables; null: of each token its own
     const float *cos, *sin;
     int64_t stride;
-    void operator()(Vec& left, Vec& right, int64_t row, int64_t angle, bool back = false) const {
-        const Vec c = load(cos + row * stride + angle), s = load(sin + row * stride + angle);
+    void operator()(Vec& left, Vec& right, int64_t token, int64_t angle, bool back = false) const {
+        const int64_t at = (positions ? positions[token] : token) * stride + angle;
+        const Vec c = load(cos + at), s = load(sin + at);
         const Vec was = left, turned = back ? -s : s;
         left = was * c - right * turned;
         right = right * c + was * turned;

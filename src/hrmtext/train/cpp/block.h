@@ -63,7 +63,7 @@ class Worker {
     }
 
     static int64_t weight_count(const Block& b) {
-        return b.hidden * (5 * b.heads * b.head_dim + 3 * b.mlp);
+        return weight_bounds(b)[4];
     }
 
     // The block that is computed next; `saved` of nulls where no backward pass will come.
@@ -167,19 +167,21 @@ class Worker {
     // Blocks [range) of it of rows of `x`: of all tokens, or of those that are listed.
     void project(const E* x, int64_t rows, Range range, const int64_t* tokens) {
         E* const to = gqkv;
-        const Rotation turn{r.cos + first * K, r.sin + first * K + K / 2, K};
+        const Rotation turn = rotation();
         const int64_t stride = wide, begin = first;
         const Order order(b);
         product(weight(b.gqkv), x, flow, D, rows, range,
                 Fetching([=](int64_t row, int64_t at, Vec left, Vec right) {
                     const int64_t t = tokens ? tokens[row] - begin : row, angle = order.angle(at);
-                    if (angle >= 0) turn(left, right, t, angle);
+                    if (angle >= 0) turn(left, right, begin + t, angle);
                     put(to + t * stride + at * LANES, left, right);
                 }, [=](int64_t row, int64_t at) {
                     const int64_t t = tokens ? tokens[row] - begin : row;
                     __builtin_prefetch(to + t * stride + at * LANES, 1);
                 }));
     }
+
+    Rotation rotation() const { return {r.positions, r.cos, r.sin + K / 2, K}; }
 
     // The normed rows of the piece's outputs, one behind the other.
     const E* chosen_rows() {
@@ -331,11 +333,11 @@ class Worker {
     void turn_back(int64_t t, int64_t column, E* to) const {
         const int64_t half = K / 2, end = column + A;
         const float* from = d_gqkv + t * wide;
-        const Rotation turn{r.cos + first * K, r.sin + first * K + half, K};
+        const Rotation turn = rotation();
         for (int64_t head = column; head < end; head += 2 * half)
             for (int64_t i = 0; i < half; i += LANES) {
                 Vec left = load(from + head + 2 * i), right = load(from + head + 2 * i + LANES);
-                turn(left, right, t, i, true);
+                turn(left, right, first + t, i, true);
                 put(to + head + i, left);
                 put(to + head + half + i, right);
             }

@@ -7,11 +7,9 @@ heads, K head width, M SwiGLU width.
 from __future__ import annotations
 
 import ctypes
-import functools
 import itertools
 import math
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
@@ -22,8 +20,8 @@ from hrmtext.errors import BackendError
 from hrmtext.model import HrmLM
 from hrmtext.model.layers import Block, ExitNorm
 from hrmtext.runtime.memory import empty_in_large_pages
-from hrmtext.runtime.native import load_kernel
 from hrmtext.runtime.native.share import circle_shares
+from hrmtext.train.cpp.library import library
 
 MIN_OWN_TOKENS = 32
 """Tokens from which a thread of its own pays."""
@@ -35,6 +33,8 @@ does not, larger pieces read the weights and their gradients less often."""
 MOST_FREE = 8
 """Calls whose memory is kept for the next step: as many as carry gradient, and some."""
 _WEIGHTS = ("gqkv", "o", "gate_up", "down")
+NUM_WEIGHTS = len(_WEIGHTS)
+"""Of a block."""
 
 _I, _P = ctypes.c_int64, ctypes.c_void_p
 
@@ -55,25 +55,16 @@ class CRows(ctypes.Structure):
             for name in ("tokens", "outputs", "rows", "longest", "threads", "piece", "first_row")
         ),
         *((name, _P) for name in ("starts", "visible", "select", "bounds")),
-        *((name, _P) for name in ("cos", "sin")),
+        *((name, _P) for name in ("positions", "cos", "sin")),
     ]
+
+
+View = tuple[CRows, Sequence[torch.Tensor | None]]
+"""Rows as the kernel reads them, and what must live as long."""
 
 
 class CSaved(ctypes.Structure):
     _fields_ = [(name, _P) for name in ("gqkv", "attended", "logsum", "middle", "gate_up")]
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The kernel; BackendError where it cannot be built."""
-    loaded = load_kernel(Path(__file__).with_suffix(".cpp"), "block_kernel=cpp")
-    for name in ("lanes", "has_bf16", "gap", "workspace"):
-        getattr(loaded, f"hrm_block_{name}").restype = _I
-    loaded.hrm_block_pack.restype = None
-    for name in ("block", "norm", "recurrence"):
-        getattr(loaded, f"hrm_{name}_forward").restype = None
-        getattr(loaded, f"hrm_{name}_backward").restype = None
-    return loaded
 
 
 def why_not(model: HrmLM, dtype: torch.dtype = torch.float32) -> str | None:
@@ -92,7 +83,7 @@ def why_not(model: HrmLM, dtype: torch.dtype = torch.float32) -> str | None:
             type(part) is not nn.Linear for part in linears_of(cast(Block, module))
         ):
             return f"{name} has other layers than plain projections (adapters?)"
-    lanes = 2 * library().hrm_block_lanes()
+    lanes = 2 * library().hrm_lanes()
     widths = {"hidden_size": config.hidden_size, "mlp_size": config.mlp_size,
               "head_dim": config.head_dim}  # fmt: skip
     for name, width in widths.items():
@@ -124,9 +115,17 @@ class RowsPlan:
         raise BackendError("these rows are for the C++ blocks; make_plan gives a plan that attends")
 
     def view(
-        self, cos: torch.Tensor, sin: torch.Tensor, select: torch.Tensor | None
-    ) -> tuple[CRows, Sequence[torch.Tensor]]:
-        """The kernel's `Rows`, and what must live as long."""
+        self,
+        cos: torch.Tensor,
+        sin: torch.Tensor,
+        select: torch.Tensor | None,
+        positions: torch.Tensor | None = None,
+    ) -> View:
+        """The kernel's `Rows`.
+
+        Args:
+            cos, sin: (T, K), or a table of which `positions` (T) are rows.
+        """
         chosen = None
         if select is not None:  # an empty tensor has no address, which would ask for all tokens
             chosen = select if len(select) else self.starts
@@ -142,11 +141,11 @@ class RowsPlan:
             visible=self.visible.data_ptr(),
             select=None if chosen is None else chosen.data_ptr(),
             bounds=self.bounds.data_ptr(),
+            positions=None if positions is None else positions.data_ptr(),
             cos=cos.data_ptr(),
             sin=sin.data_ptr(),
         )
-        kept = (cos, sin, self.starts, self.visible, self.bounds)
-        return rows, kept if select is None else (*kept, select)
+        return rows, (cos, sin, positions, select, self.starts, self.visible, self.bounds)
 
 
 class CppBlocks:
@@ -217,7 +216,7 @@ class CppBlocks:
     def forward(
         self,
         key: int,
-        view: tuple[CRows, Sequence[torch.Tensor]],
+        view: View,
         x: torch.Tensor,
         *,
         with_backward: bool = True,
@@ -270,7 +269,7 @@ class CppBlocks:
     def backward(
         self,
         key: int,
-        view: tuple[CRows, Sequence[torch.Tensor]],
+        view: View,
         x: torch.Tensor,
         saved: torch.Tensor,
         d_y: torch.Tensor,
@@ -279,10 +278,10 @@ class CppBlocks:
         block, rows, d_y = self._packed[key].block, view[0], d_y.contiguous()
         d_x, d_weights = torch.empty_like(x), empty_gradients(block)
         structs = [ctypes.byref(each) for each in (block, rows, self._saved(block, rows, saved))]
-        pointers = (_P(tensor.data_ptr()) for tensor in (x, d_y, d_x, d_weights[0]))
-        self.library.hrm_block_backward(
-            *structs, *pointers, *self.workspace(block, rows, is_backward=True)
-        )
+        pointers = (_P(tensor.data_ptr()) for tensor in (x, d_y, d_x))
+        of_weights = (_P * NUM_WEIGHTS)(*(tensor.data_ptr() for tensor in d_weights))
+        workspace = self.workspace(block, rows, is_backward=True)
+        self.library.hrm_block_backward(*structs, *pointers, of_weights, *workspace)
         return d_x, d_weights
 
     def workspace(self, block: CBlock, rows: CRows, *, is_backward: bool) -> tuple[Any, ...]:
@@ -352,7 +351,7 @@ class _BlockFunction(torch.autograd.Function):
         x: torch.Tensor,
         blocks: CppBlocks,
         key: int,
-        view: tuple[CRows, Sequence[torch.Tensor]],
+        view: View,
         *weights: torch.Tensor,
     ) -> torch.Tensor:
         y, saved = blocks.forward(key, view, x)
@@ -371,13 +370,11 @@ class _BlockFunction(torch.autograd.Function):
 
 
 def empty_gradients(block: CBlock) -> list[torch.Tensor]:
-    """Room for the gradients of a block's weights, one behind the other."""
+    """Room for the gradients of a block's weights."""
     size = block.heads * block.head_dim
     shapes = ((4 * size, block.hidden), (block.hidden, size),
               (2 * block.mlp, block.hidden), (block.hidden, block.mlp))  # fmt: skip
-    sizes = [a * b for a, b in shapes]
-    parts = torch.empty(sum(sizes)).split(sizes)
-    return [part.view(shape) for part, shape in zip(parts, shapes, strict=True)]
+    return [torch.empty(shape) for shape in shapes]
 
 
 def stacks_of(model: HrmLM) -> list[Any]:

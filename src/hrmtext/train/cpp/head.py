@@ -6,13 +6,12 @@ Letters: S supervised tokens, D hidden size, V vocabulary.
 from __future__ import annotations
 
 import ctypes
-import functools
-from pathlib import Path
+import dataclasses
 from typing import Any
 
 import torch
 
-from hrmtext.runtime.native import load_kernel
+from hrmtext.train.cpp.library import library
 
 MOST_WEIGHTS = 1 << 20
 """Weights of a head, which are packed anew for every loss, and ..."""
@@ -24,22 +23,13 @@ MIN_OWN_TOKENS = 32
 _I, _P = ctypes.c_int64, ctypes.c_void_p
 
 
-class _Head(ctypes.Structure):
+class CLossTask(ctypes.Structure):
     _fields_ = [
         *((name, _I) for name in ("tokens", "hidden", "vocab", "threads", "bf16")),
         ("scale", ctypes.c_float),
         *((name, _P) for name in ("states", "weight", "labels", "losses", "correct")),
         *((name, _P) for name in ("d_states", "d_weight")),
     ]
-
-
-@functools.cache
-def library() -> ctypes.CDLL:
-    """The kernel; BackendError where it cannot be built."""
-    loaded = load_kernel(Path(__file__).with_suffix(".cpp"), "block_kernel=cpp")
-    loaded.hrm_head_lanes.restype = loaded.hrm_head_workspace.restype = _I
-    loaded.hrm_head_loss.restype = None
-    return loaded
 
 
 class CppHead:
@@ -49,20 +39,20 @@ class CppHead:
         """`dtype`: format in which products multiply, fp32 or bf16; all else is fp32."""
         self.dtype = dtype
         self._library = library()
+        self._widths = 2 * int(self._library.hrm_lanes())
         self._workspace = torch.empty(0)
 
     def suits(self, hidden: torch.Tensor, weight: torch.Tensor) -> bool:
         """Whether the kernel takes these: few, in fp32 on the CPU, in whole pairs of vectors."""
-        lanes = 2 * int(self._library.hrm_head_lanes())
-        are_plain = all(
-            tensor.device.type == "cpu" and tensor.dtype == torch.float32
-            for tensor in (hidden, weight)
-        )
+        return _is_plain(hidden) and self.takes(len(hidden), weight)
+
+    def takes(self, tokens: int, weight: torch.Tensor) -> bool:
+        """The same of so many tokens whose states are in fp32 on the CPU."""
         return (
-            are_plain
+            _is_plain(weight)
             and weight.numel() <= MOST_WEIGHTS
-            and len(hidden) * len(weight) <= MOST_LOGITS
-            and all(size % lanes == 0 for size in weight.shape)
+            and tokens * len(weight) <= MOST_LOGITS
+            and all(size % self._widths == 0 for size in weight.shape)
         )
 
     def loss(
@@ -85,29 +75,51 @@ class CppHead:
         gradients: tuple[torch.Tensor, torch.Tensor] | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Losses and correctness; the gradients are put where they are wanted."""
-        hidden, weight, labels = (tensor.contiguous() for tensor in (hidden, weight, labels))
+        task = self.task(hidden, weight, labels, scale, gradients)
+        self._library.hrm_head_loss(ctypes.byref(task.struct), _P(task.workspace))
+        return task.losses, task.correct
+
+    def task(
+        self,
+        hidden: torch.Tensor,
+        weight: torch.Tensor,
+        labels: torch.Tensor,
+        scale: float,
+        gradients: tuple[torch.Tensor, torch.Tensor] | None,
+    ) -> HeadTask:
+        """What `compute` will do, for the kernel; no number is read yet."""
+        read = [tensor.contiguous() for tensor in (hidden, weight, labels)]
         losses, correct = torch.empty(len(labels)), torch.empty(len(labels), dtype=torch.bool)
-        threads = min(torch.get_num_threads(), len(labels) // MIN_OWN_TOKENS)
-        head = _Head(
-            tokens=len(labels),
-            hidden=weight.shape[1],
-            vocab=weight.shape[0],
-            threads=max(1, threads),
-            bf16=self.dtype == torch.bfloat16,
-            scale=scale,
-            states=hidden.data_ptr(),
-            weight=weight.data_ptr(),
-            labels=labels.data_ptr(),
-            losses=losses.data_ptr(),
-            correct=correct.data_ptr(),
-        )
+        threads = max(1, min(torch.get_num_threads(), len(labels) // MIN_OWN_TOKENS))
+        vocab, width = weight.shape
+        struct = CLossTask(len(labels), width, vocab, threads, self.dtype == torch.bfloat16, scale)
+        struct.states, struct.weight, struct.labels = (tensor.data_ptr() for tensor in read)
+        struct.losses, struct.correct = losses.data_ptr(), correct.data_ptr()
         if gradients is not None:
-            head.d_states, head.d_weight = (tensor.data_ptr() for tensor in gradients)
-        needed = int(self._library.hrm_head_workspace(ctypes.byref(head)))
+            struct.d_states, struct.d_weight = (tensor.data_ptr() for tensor in gradients)
+        needed = int(self._library.hrm_head_workspace(ctypes.byref(struct)))
         if self._workspace.numel() < needed:
             self._workspace = torch.empty(needed + needed // 8)  # steps differ by a little
-        self._library.hrm_head_loss(ctypes.byref(head), _P(self._workspace.data_ptr()))
-        return losses, correct
+        return HeadTask(struct, losses, correct, self._workspace.data_ptr(), read)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadTask:
+    """A loss that the kernel is to compute."""
+
+    struct: CLossTask
+    losses: torch.Tensor
+    """(S) fp32, of any value before it is computed."""
+    correct: torch.Tensor
+    """(S) bool."""
+    workspace: int
+    """An address."""
+    read: list[torch.Tensor]
+    """What `struct` points to, and must live as long."""
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    return tensor.device.type == "cpu" and tensor.dtype == torch.float32
 
 
 class _HeadLoss(torch.autograd.Function):

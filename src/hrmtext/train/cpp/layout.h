@@ -1,6 +1,7 @@
 // What a block of an HRM, its rows and what is kept of them look like in memory; letters as in block.h.
 #pragma once
 
+#include <array>
 #include <cstdint>
 
 #include "vectors.h"
@@ -23,7 +24,8 @@ struct Rows {
     const int64_t* visible;  // (T) first position of its row that a token does not see
     const int64_t* select;   // (S) tokens whose output is wanted, ascending; null: all
     const int64_t* bounds;   // (threads + 1) rows of each thread, counted from `first_row`
-    const float *cos, *sin;  // (T, K); the first half of the sines is negated
+    const int64_t* positions;  // (T) rows of the tables; null: of each token its own
+    const float *cos, *sin;  // tables (.., K); the first half of the sines is negated
 };
 
 // For the backward pass; all null where none will come.
@@ -66,13 +68,14 @@ struct Order {
     }
 };
 
-// The parts of a buffer that holds one gradient of each weight.
+// Where the four begin, and the last ends, in a buffer that holds them all.
+inline std::array<int64_t, 5> weight_bounds(const Block& b) {
+    const int64_t A = b.heads * b.head_dim, D = b.hidden, M = b.mlp;
+    return {0, 4 * A * D, 5 * A * D, (5 * A + 2 * M) * D, (5 * A + 3 * M) * D};
+}
+
+// The parts of such a buffer.
 inline Gradients inside(const Block& b, float* memory) {
-    const int64_t A = b.heads * b.head_dim;
-    Gradients d;
-    d.gqkv = memory;
-    d.o = d.gqkv + 4 * A * b.hidden;
-    d.gate_up = d.o + A * b.hidden;
-    d.down = d.gate_up + 2 * b.mlp * b.hidden;
-    return d;
+    const auto at = weight_bounds(b);
+    return {memory + at[0], memory + at[1], memory + at[2], memory + at[3]};
 }

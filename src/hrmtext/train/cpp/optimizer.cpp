@@ -29,6 +29,12 @@ struct Parameter {
     int64_t count;
 };
 
+struct Moments {
+    const float *weight, *first, *second;
+    int64_t count;
+    float correction;
+};
+
 int64_t hrm_optimizer_lanes() { return LANES; }
 }
 
@@ -148,15 +154,16 @@ void squares_on_threads(const int64_t* counts, int64_t num, double* found, int64
 
 }  // namespace
 
-// Squared norm of atan2(first, sqrt(second) * correction).
-extern "C" double hrm_squared_angles(const float* first, const float* second, int64_t count,
-                                     float correction, int64_t threads) {
-    double found = 0.0;
-    squares_on_threads(&count, 1, &found, threads, [=](int64_t, int64_t i, int64_t end) {
-        const Vec m = load_until(first, i, end), v = load_until(second, i, end);
-        return atan2_of(m, root(v) * correction);
+// Of `num` parameters the squared norms of atan2(first, sqrt(second) * correction), then those of the weights.
+extern "C" void hrm_update_squares(const Moments* all, int64_t num, double* found, int64_t threads) {
+    std::vector<int64_t> counts(2 * num);
+    for (int64_t n = 0; n < 2 * num; ++n) counts[n] = all[n % num].count;
+    squares_on_threads(counts.data(), 2 * num, found, threads, [=](int64_t n, int64_t i, int64_t end) {
+        const Moments& one = all[n % num];
+        if (n >= num) return load_until(one.weight, i, end);
+        const Vec m = load_until(one.first, i, end), v = load_until(one.second, i, end);
+        return atan2_of(m, root(v) * one.correction);
     });
-    return found;
 }
 
 // Squared norms of `num` tensors.

@@ -29,6 +29,14 @@ class _Parameter(ctypes.Structure):
     ]
 
 
+class _Moments(ctypes.Structure):
+    _fields_ = [
+        *((name, _P) for name in ("weight", "first", "second")),
+        ("count", _I),
+        ("correction", ctypes.c_float),
+    ]
+
+
 @dataclasses.dataclass(frozen=True)
 class Update:
     """A parameter and what its step changes: fp32 on the CPU, without gaps, of one shape."""
@@ -50,9 +58,8 @@ def library() -> ctypes.CDLL:
         BackendError: it cannot be built, or does not compute here what the formula says.
     """
     loaded = load_kernel(Path(__file__).with_suffix(".cpp"), "optimizer_kernel=cpp")
-    for name in ("adam_atan2", "adam_atan2_rows", "squares"):
+    for name in ("adam_atan2", "adam_atan2_rows", "squares", "update_squares"):
         getattr(loaded, f"hrm_{name}").restype = None
-    loaded.hrm_squared_angles.restype = ctypes.c_double
     _probe(loaded)
     return loaded
 
@@ -103,18 +110,29 @@ def takes_rows(kernel: ctypes.CDLL, parameter: torch.Tensor) -> bool:
     return parameter.ndim == 2 and parameter.shape[1] % kernel.hrm_optimizer_lanes() == 0
 
 
-def squared_angles(
-    kernel: ctypes.CDLL, first: torch.Tensor, second: torch.Tensor, correction: float
-) -> float:
-    """Squared norm of atan2(first, sqrt(second) * correction), the same for any number of threads.
+def update_squares(
+    kernel: ctypes.CDLL,
+    weights: Sequence[torch.Tensor],
+    moments: Sequence[Sequence[torch.Tensor]],
+    corrections: Sequence[float],
+) -> tuple[list[float], list[float]]:
+    """Of each weight the squared norms of atan2(first, sqrt(second) * correction) and of itself.
+
+    The same for any number of threads.
 
     Args:
-        first, second: fp32 on the CPU, without gaps, of one shape.
+        weights, moments: fp32 on the CPU, without gaps; first and second moments of each.
     """
-    pointers = (_P(tensor.data_ptr()) for tensor in (first, second))
-    return kernel.hrm_squared_angles(
-        *pointers, _I(first.numel()), ctypes.c_float(correction), _I(torch.get_num_threads())
+    count = len(weights)
+    structs = (_Moments * count)(
+        *(
+            (weight.data_ptr(), *(moment.data_ptr() for moment in own), weight.numel(), correction)
+            for weight, own, correction in zip(weights, moments, corrections, strict=True)
+        )
     )
+    found = (ctypes.c_double * (2 * count))()
+    kernel.hrm_update_squares(structs, _I(count), found, _I(torch.get_num_threads()))
+    return found[:count], found[count:]
 
 
 def squares(kernel: ctypes.CDLL, tensors: Sequence[torch.Tensor]) -> list[float]:

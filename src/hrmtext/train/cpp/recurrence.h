@@ -12,7 +12,8 @@
 
 extern "C" {
 
-// One call: a stack's blocks over the sum of what it reads, and the norm at its exit.
+// One call: a stack's blocks over the sum of what it reads, and the norm at its exit. All numbers here have
+// 64 bits.
 struct Call {
     int64_t first_block;  // of the stack, among all
     int64_t selects;      // its last block gives only the outputs that are wanted
@@ -22,12 +23,13 @@ struct Call {
     int64_t flow_step;  // floats from one to the next; 0: in place, where no backward pass will come
     float* out;         // (T, D), or (S, D); may be `left` or `right`
     const Saved* saved; // (B); null where no backward pass will come
+};
 
-    int64_t has_backward;  // whether gradient arrives and is carried on; if so:
-    // Gradients of the output, added up, of which one may be null ...
-    const float *d_out, *d_other;
-    // ... and of what it read, where wanted: put there or added. May be `d_out`.
-    float *d_left, *d_right;
+// Its backward pass.
+struct CallBackward {
+    int64_t call;
+    const float *d_out, *d_other;  // gradients of the output, added up; one may be null
+    float *d_left, *d_right;  // of what it read, where wanted: put there, or added; may be `d_out`
     int64_t adds_left, adds_right;
 };
 
@@ -36,7 +38,7 @@ struct Recurrence {
     const Block* blocks;
     const Rows *rows, *selected;  // `selected`: with the outputs that are wanted
     float* d_flow;      // 2 x (T, D): gradients between blocks, and behind the last
-    float* const* d_weights;  // of each block, as hrm_block_backward has them
+    float* const* d_weights;  // four of each block, as hrm_block_backward has them
 };
 }
 
@@ -48,20 +50,26 @@ class Sums {
     explicit Sums(int64_t threads) : barrier_{int(threads)}, parts_(size_t(threads)) {}
 
     // To be called by all threads; `own`, of whole vectors, is free again afterwards.
-    void collect(int64_t thread, const float* own, int64_t count, float* to, bool adds) {
-        const int64_t threads = int64_t(parts_.size());
+    // `own` is `inside` of the block; `to`: of each of its weights.
+    void collect(int64_t thread, const float* own, const Block& block, float* const* to, bool adds) {
         parts_[size_t(thread)] = own;
         barrier_.wait();
-        const Range mine = part(count / LANES, thread, threads);
-        for (int64_t i = mine.begin * LANES; i < mine.end * LANES; i += LANES) {
-            Vec sum = load(parts_[0] + i);
-            for (size_t other = 1; other < parts_.size(); ++other) sum += load(parts_[other] + i);
-            store(to + i, adds ? load(to + i) + sum : sum);
-        }
+        const auto at = weight_bounds(block);
+        for (size_t weight = 0; weight < 4; ++weight)
+            add_up(thread, at[weight], at[weight + 1] - at[weight], to[weight], adds);
         barrier_.wait();
     }
 
   private:
+    void add_up(int64_t thread, int64_t from, int64_t count, float* to, bool adds) const {
+        const Range mine = part(count / LANES, thread, int64_t(parts_.size()));
+        for (int64_t i = mine.begin * LANES; i < mine.end * LANES; i += LANES) {
+            Vec sum = load(parts_[0] + from + i);
+            for (size_t other = 1; other < parts_.size(); ++other) sum += load(parts_[other] + from + i);
+            store(to + i, adds ? load(to + i) + sum : sum);
+        }
+    }
+
     Barrier barrier_;
     std::vector<const float*> parts_;
 };
@@ -82,14 +90,14 @@ class Walk {
         }
     }
 
-    void backward(Sums& sums) {
-        for (int64_t i = 0; i < m.num_calls; ++i) {
-            clear_padding(calls[i].d_left);
-            clear_padding(calls[i].d_right);
+    // `steps`: of the calls that carry gradient, the last call first.
+    void backward(const CallBackward* steps, int64_t count, Sums& sums) {
+        for (int64_t i = 0; i < count; ++i) {
+            clear_padding(steps[i].d_left);
+            clear_padding(steps[i].d_right);
         }
         std::vector<bool> begun(size_t(m.num_blocks));
-        for (int64_t i = m.num_calls; i-- > 0;)
-            if (calls[i].has_backward) backward(calls[i], sums, begun);
+        for (int64_t i = 0; i < count; ++i) backward(calls[steps[i].call], steps[i], sums, begun);
     }
 
   private:
@@ -105,7 +113,7 @@ class Walk {
         }
     }
 
-    void backward(const Call& call, Sums& sums, std::vector<bool>& begun) {
+    void backward(const Call& call, const CallBackward& step, Sums& sums, std::vector<bool>& begun) {
         for (int64_t at = m.blocks_per_stack; at-- > 0;) {
             const bool is_first = at == 0, is_last = at + 1 == m.blocks_per_stack;
             const float* x = call.flow + at * call.flow_step;
@@ -116,15 +124,14 @@ class Walk {
             worker.backward(
                 thread, x, d_y, d_x,
                 [&](const Piece& p) {
-                    if (is_last) exit_norm_backward(call, p, x + call.flow_step, d_y);
+                    if (is_last) exit_norm_backward(step, p, x + call.flow_step, d_y);
                 },
                 [&](const Piece& p) {
-                    if (is_first) hand_on(p, d_x, call.d_left, call.adds_left);
-                    if (is_first) hand_on(p, d_x, call.d_right, call.adds_right);
+                    if (is_first) hand_on(p, d_x, step.d_left, step.adds_left);
+                    if (is_first) hand_on(p, d_x, step.d_right, step.adds_right);
                 });
             const size_t block = size_t(call.first_block + at);
-            sums.collect(thread, worker.weights, worker.weight_count(m.blocks[block]),
-                         m.d_weights[block], begun[block]);
+            sums.collect(thread, worker.weights, m.blocks[block], m.d_weights + 4 * block, begun[block]);
             begun[block] = true;
         }
     }
@@ -158,12 +165,12 @@ class Walk {
         }
     }
 
-    void exit_norm_backward(const Call& call, const Piece& p, const float* y, float* d_y) const {
+    void exit_norm_backward(const CallBackward& step, const Piece& p, const float* y, float* d_y) const {
         const int64_t begin = p.first_output * D, end = begin + p.outputs * D;
-        const float* d_out = call.d_out ? call.d_out : call.d_other;
-        if (call.d_out && call.d_other) {
+        const float* d_out = step.d_out ? step.d_out : step.d_other;
+        if (step.d_out && step.d_other) {
             for (int64_t i = begin; i < end; i += LANES)
-                store(d_y + i, load(call.d_out + i) + load(call.d_other + i));
+                store(d_y + i, load(step.d_out + i) + load(step.d_other + i));
             d_out = d_y;
         }
         for (int64_t at = begin; at < end; at += D)

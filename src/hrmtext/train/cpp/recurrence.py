@@ -18,6 +18,7 @@ from hrmtext.model import HrmLM
 from hrmtext.model.depth import Depth
 from hrmtext.model.layers import Block, rotary_tables
 from hrmtext.train.cpp.blocks import (
+    NUM_WEIGHTS,
     CBlock,
     CppBlocks,
     CRows,
@@ -28,8 +29,6 @@ from hrmtext.train.cpp.blocks import (
     stacks_of,
 )
 
-NUM_WEIGHTS = 4
-"""Of a block."""
 _I, _P = ctypes.c_int64, ctypes.c_void_p
 
 
@@ -41,7 +40,12 @@ class _Call(ctypes.Structure):
         ("flow", _P),
         ("flow_step", _I),
         *((name, _P) for name in ("out", "saved")),
-        ("has_backward", _I),
+    ]
+
+
+class _CallBackward(ctypes.Structure):
+    _fields_ = [
+        ("call", _I),
         *((name, _P) for name in ("d_out", "d_other", "d_left", "d_right")),
         *((name, _I) for name in ("adds_left", "adds_right")),
     ]
@@ -113,48 +117,46 @@ class CppRecurrence(CppBlocks):
             z_H, z_L: (T, D), the states at the start.
             positions: (T) int64. plan: what `rows` gave.
         """
-        cos, sin = self._rotary_tables(positions)
-        run = _Run(self, depth, cos, sin, plan, select)
+        run = Run(self, depth, positions.contiguous(), plan, select)
         if not (torch.is_grad_enabled() and any(depth.carries_gradient)):
             return run.forward(z_H, z_L, with_backward=False)
         return list(_RecurrenceFunction.apply(z_H, z_L, run, *self.weights))
 
-    def _rotary_tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """`rotary_tables` of these positions, looked up: computing takes 5 % of a small step."""
-        needed = 1 + int(positions.max())
-        if len(self._tables[0]) < needed:
-            config, all_positions = self.config, torch.arange(max(needed, self.config.max_seq_len))
+    def rotary_tables(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`rotary_tables` of 0 to the largest position and on: made once, and looked up."""
+        least, largest = (int(end) for end in positions.aminmax())
+        assert least >= 0, f"positions count from 0, got {least}"
+        if len(self._tables[0]) <= largest:
+            config, count = self.config, max(largest + 1, self.config.max_seq_len)
             self._tables = rotary_tables(
-                all_positions, config.head_dim, config.rope_theta, torch.float32
+                torch.arange(count), config.head_dim, config.rope_theta, torch.float32
             )
-        cos, sin = self._tables
-        return cos.index_select(0, positions), sin.index_select(0, positions)
+        return self._tables
 
 
-class _Run:
-    """One recurrence, forward and then backward."""
+class Run:
+    """One recurrence, forward and then backward: what `CppRecurrence.recur` makes of its own."""
 
     def __init__(
         self,
         owner: CppRecurrence,
         depth: Depth,
-        cos: torch.Tensor,
-        sin: torch.Tensor,
+        positions: torch.Tensor,
         plan: RowsPlan,
         select: torch.Tensor | None,
     ) -> None:
         self.owner = owner
         self.stack_calls = list(stack_calls(owner.config, depth))
-        self.calls = (_Call * len(self.stack_calls))()
         self.num_blocks = owner.config.num_layers_per_stack  # of a stack
         self.width = owner.config.hidden_size
-        self.rows, kept = plan.view(cos, sin, None)
-        self.selected = None if select is None else plan.view(cos, sin, select)[0]
+        tables = owner.rotary_tables(positions)
+        self.rows, kept = plan.view(*tables, None, positions)
+        self.selected = None if select is None else plan.view(*tables, select, positions)[0]
         self._alive: list[Any] = [kept, select]  # what the structures point to
         self.recurrence = _Recurrence(
             num_blocks=len(owner.structs),
             blocks_per_stack=self.num_blocks,
-            num_calls=len(self.calls),
+            num_calls=len(self.stack_calls),
             blocks=ctypes.addressof(owner.structs),
             rows=ctypes.addressof(self.rows),
             selected=None if self.selected is None else ctypes.addressof(self.selected),
@@ -164,97 +166,122 @@ class _Run:
         self, z_H: torch.Tensor, z_L: torch.Tensor, *, with_backward: bool
     ) -> list[torch.Tensor]:
         """The states of H; what the backward pass needs is kept until `backward`."""
-        step, last = self.rows.tokens * self.width, len(self.calls) - 1
+        states = self.prepare(z_H, z_L, with_backward=with_backward)
+        workspace = self.workspace(is_backward=False)
+        calls = (ctypes.byref(self.recurrence), self.calls)
+        self.owner.library.hrm_recurrence_forward(*calls, *workspace)
+        return states
+
+    def prepare(
+        self, z_H: torch.Tensor, z_L: torch.Tensor, *, with_backward: bool
+    ) -> list[torch.Tensor]:
+        """Lay out the calls in `calls`; returns where the states of H will be."""
+        tokens, width, last = self.rows.tokens, self.width, len(self.stack_calls) - 1
         keeps = [call.carries_gradient and with_backward for call in self.stack_calls]
-        sizes = [self._sizes(index) if kept else [] for index, kept in enumerate(keeps)]
+        sizes = [self._sizes(self.rows)] * last + [self._sizes(self.selected or self.rows)]
+        kept_sizes = itertools.compress(sizes, keeps)
         # Validation leaves the memory of training steps alone.
-        self.saved = self.owner.take(sum(map(sum, sizes))) if any(keeps) else torch.empty(0)
-        address = self.saved.data_ptr()
+        self.saved = self.owner.take(sum(map(sum, kept_sizes))) if any(keeps) else torch.empty(0)
+        kept_at = self.saved.data_ptr()
         # Calls of which nothing is kept go through this, in place but where tokens are selected.
-        passing = torch.empty(step * (1 if self.selected is None else self.num_blocks + 1))
+        parts = 1 if self.selected is None else self.num_blocks + 1
+        passing = torch.empty(parts * tokens * width)
         # Every call of L overwrites its state, whose start may be one row for all tokens.
-        start = z_L[:1].contiguous() if z_L.stride(0) == 0 else z_L.contiguous()
-        state = {"H": z_H.contiguous(), "L": start}
-        of_L = torch.empty(self.rows.tokens, self.width)
+        start, z_H = (z_L[:1] if z_L.stride(0) == 0 else z_L).contiguous(), z_H.contiguous()
+        of_L = torch.empty(tokens, width)
+        state = {"H": (z_H.data_ptr(), width), "L": (start.data_ptr(), width * (len(start) > 1))}
         found: list[torch.Tensor] = []
-        for index, (call, struct) in enumerate(zip(self.stack_calls, self.calls, strict=True)):
-            read = [state[name].data_ptr() for name in call.reads]
-            struct.left, struct.right = (*read, None)[:2]
-            struct.left_step = self.width if len(state[call.reads[0]]) > 1 else 0
+        calls: list[tuple[int | None, ...]] = []
+        for index, call in enumerate(self.stack_calls):
+            (left, left_step), *others = (state[name] for name in call.reads)
+            right = others[0][0] if others else None
+            selects = index == last and self.selected is not None
             if call.stack == "L":
-                state["L"] = of_L
+                out = of_L.data_ptr()
             else:
-                state["H"] = torch.empty(self._rows(index, self.num_blocks - 1).outputs, self.width)
-                found.append(state["H"])
-            struct.out = state[call.stack].data_ptr()
-            struct.first_block = self.owner.first_block[call.stack]
-            struct.selects = index == last and self.selected is not None
-            struct.flow, struct.flow_step = passing.data_ptr(), step if struct.selects else 0
+                rows = self.rows if index < last else self.selected or self.rows
+                found.append(torch.empty(rows.outputs, width))
+                out = found[-1].data_ptr()
+            state[call.stack] = out, width
+            flow, flow_step, saved = passing.data_ptr(), tokens * width * selects, None
             if keeps[index]:
-                struct.flow, *pointers = _addresses(address, sizes[index])
-                struct.flow_step, struct.saved = step, self._saved(pointers)
-                address += 4 * sum(sizes[index])
-        self._compute(self.owner.library.hrm_recurrence_forward, is_backward=False)
+                flow, *pointers = _addresses(kept_at, sizes[index])
+                flow_step, saved = tokens * width, self._saved(pointers)
+                kept_at += 4 * sum(sizes[index])
+            first_block = self.owner.first_block[call.stack]
+            calls.append(
+                (first_block, selects, left, right, left_step, flow, flow_step, out, saved)
+            )
+        self.calls = (_Call * len(calls))(*calls)
+        self._alive += [z_H, start, of_L, passing, *found]
         return found
 
     def backward(
         self, d_states: Sequence[torch.Tensor | None]
     ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
         """Gradients of z_H at the start and of the weights; None where nothing arrives."""
-        H_calls = (i for i, call in enumerate(self.stack_calls) if call.stack == "H")
-        from_outside = dict(zip(H_calls, d_states, strict=True))
-        d_state = {name: torch.empty(self.rows.tokens, self.width) for name in ("H", "L")}
-        has_some = dict.fromkeys(d_state, False)
-        d_weights: dict[int, list[torch.Tensor]] = {}
-        for index in reversed(range(len(self.calls))):
-            call, struct = self.stack_calls[index], self.calls[index]
-            d_out, d_other = has_some[call.stack], from_outside.get(index)
-            has_some[call.stack] = False  # what comes next is of the state that this call replaced
-            if not call.carries_gradient or not (d_out or d_other is not None):
-                continue
-            struct.has_backward = True
-            struct.d_out = d_state[call.stack].data_ptr() if d_out else None
-            if d_other is not None:
-                self._alive.append(d_other := d_other.contiguous())
-                struct.d_other = d_other.data_ptr()
-            for side, name in zip(("left", "right"), call.reads, strict=False):
-                setattr(struct, f"d_{side}", d_state[name].data_ptr())
-                setattr(struct, f"adds_{side}", has_some[name])
-                has_some[name] = True
-            for block in range(struct.first_block, struct.first_block + self.num_blocks):
-                if block not in d_weights:
-                    d_weights[block] = empty_gradients(self.owner.structs[block])
-        if d_weights:
-            self._compute_gradients(d_weights)
-        found: list[torch.Tensor | None] = []
-        for block in range(len(self.owner.structs)):
-            found += d_weights.get(block, [None] * NUM_WEIGHTS)
-        return d_state["H"] if has_some["H"] else None, found
+        found = self.prepare_backward(d_states)
+        workspace = self.workspace(is_backward=True)
+        steps = (ctypes.byref(self.recurrence), self.calls, self.steps, _I(len(self.steps)))
+        self.owner.library.hrm_recurrence_backward(*steps, *workspace)
+        self.finish()
+        return found
 
-    def _compute_gradients(self, d_weights: dict[int, list[torch.Tensor]]) -> None:
-        count = len(self.owner.structs)
-        addresses = {block: parts[0].data_ptr() for block, parts in d_weights.items()}
-        pointers = (_P * count)(*(addresses.get(block) for block in range(count)))
+    def prepare_backward(
+        self, d_states: Sequence[torch.Tensor | None]
+    ) -> tuple[torch.Tensor | None, list[torch.Tensor | None]]:
+        """Lay out the backward pass in `steps`; returns where its gradients will be."""
+        H_calls = (i for i, call in enumerate(self.stack_calls) if call.stack == "H")
+        given = [None if d is None else d.contiguous() for d in d_states]
+        from_outside = dict(zip(H_calls, given, strict=True))
+        d_state = {name: torch.empty(self.rows.tokens, self.width) for name in ("H", "L")}
+        address = {name: d.data_ptr() for name, d in d_state.items()}
+        has_some = dict.fromkeys(d_state, False)
+        steps: list[tuple[int | None, ...]] = []
+        stacks: set[str] = set()
+        for index in reversed(range(len(self.stack_calls))):
+            call, other = self.stack_calls[index], from_outside.get(index)
+            d_out = address[call.stack] if has_some[call.stack] else None
+            d_other = None if other is None else other.data_ptr()
+            has_some[call.stack] = False  # what comes next is of the state that this call replaced
+            if not call.carries_gradient or (d_out is None and d_other is None):
+                continue
+            d_left, d_right = (*(address[name] for name in call.reads), None)[:2]
+            adds_left, adds_right = (*(has_some[name] for name in call.reads), False)[:2]
+            steps.append((index, d_out, d_other, d_left, d_right, adds_left, adds_right))
+            has_some |= dict.fromkeys(call.reads, True)
+            stacks.add(call.stack)
+        with_gradient = {
+            block
+            for first in map(self.owner.first_block.__getitem__, stacks)
+            for block in range(first, first + self.num_blocks)
+        }
+        d_weights: list[torch.Tensor | None] = []
+        for block, struct in enumerate(self.owner.structs):
+            is_one = block in with_gradient
+            d_weights += empty_gradients(struct) if is_one else [None] * NUM_WEIGHTS
         d_flow = torch.empty(2 * self.rows.tokens, self.width)
+        addresses = (None if one is None else one.data_ptr() for one in d_weights)
+        pointers = (_P * len(d_weights))(*addresses)
         self.recurrence.d_weights = ctypes.addressof(pointers)
         self.recurrence.d_flow = d_flow.data_ptr()
-        self._compute(self.owner.library.hrm_recurrence_backward, is_backward=True)
+        self.steps = (_CallBackward * len(steps))(*steps)
+        self._alive += [given, d_state, d_flow, pointers]
+        return d_state["H"] if has_some["H"] else None, d_weights
+
+    def finish(self) -> None:
+        """To be called behind the backward pass: its memory is free for the next step."""
         self.owner.free(self.saved)
         del self.saved
 
-    def _compute(self, work: Any, *, is_backward: bool) -> None:
-        workspace = self.owner.workspace(self.owner.structs[0], self.rows, is_backward=is_backward)
-        work(ctypes.byref(self.recurrence), self.calls, *workspace)
+    def workspace(self, *, is_backward: bool) -> tuple[Any, ...]:
+        """Of the kernel: its memory, and what each thread has of it."""
+        return self.owner.workspace(self.owner.structs[0], self.rows, is_backward=is_backward)
 
-    def _rows(self, call: int, block: int) -> CRows:
-        """What a block of a call sees; `block` is counted within its stack."""
-        is_last = call + 1 == len(self.calls) and block + 1 == self.num_blocks
-        return self.selected if is_last and self.selected is not None else self.rows
-
-    def _sizes(self, call: int) -> list[int]:
+    def _sizes(self, rows_of_last: CRows) -> list[int]:
         """Floats that a call keeps: for the rows between its blocks, and for each block."""
         of_all, flow = self._saved_sizes(self.rows), (self.num_blocks + 1) * self.rows.tokens
-        last = self._saved_sizes(self._rows(call, self.num_blocks - 1))
+        last = of_all if rows_of_last is self.rows else self._saved_sizes(rows_of_last)
         return [flow * self.width, *of_all * (self.num_blocks - 1), *last]
 
     def _saved_sizes(self, rows: CRows) -> list[int]:
@@ -264,8 +291,8 @@ class _Run:
 
     def _saved(self, pointers: Sequence[int]) -> int:
         each = len(CSaved._fields_)
-        parts = (pointers[at : at + each] for at in range(0, len(pointers), each))
-        saved = (CSaved * self.num_blocks)(*(CSaved(*part) for part in parts))
+        parts = (tuple(pointers[at : at + each]) for at in range(0, len(pointers), each))
+        saved = (CSaved * self.num_blocks)(*parts)
         self._alive.append(saved)
         return ctypes.addressof(saved)
 
@@ -273,7 +300,7 @@ class _Run:
 class _RecurrenceFunction(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, z_H: torch.Tensor, z_L: torch.Tensor, run: _Run, *weights: torch.Tensor
+        ctx: Any, z_H: torch.Tensor, z_L: torch.Tensor, run: Run, *weights: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
         del weights
         states = run.forward(z_H, z_L, with_backward=True)

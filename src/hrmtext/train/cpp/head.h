@@ -2,6 +2,7 @@
 // products in fp32 or bf16.
 //
 // Letters: S supervised tokens, D hidden size, V vocabulary.
+#pragma once
 
 #include <algorithm>
 #include <cmath>
@@ -15,7 +16,7 @@
 
 extern "C" {
 
-struct Head {
+struct LossTask {
     int64_t tokens, hidden, vocab, threads;  // S, D, V; D and V in whole pairs of vectors
     int64_t bf16;                            // products multiply in bf16, else in fp32
     float scale;                             // of the gradients
@@ -27,20 +28,15 @@ struct Head {
 };
 }
 
-namespace {
-
-// Between rows, against strides of powers of two.
-constexpr int64_t GAP = 32;
-
 template <class E>
 class Loss {
   public:
-    Loss(const Head& head, Arena arena) : h(head), S(h.tokens), D(h.hidden), V(h.vocab) {
+    Loss(const LossTask& head, Arena arena) : h(head), S(h.tokens), D(h.hidden), V(h.vocab) {
         packed = arena.take<E>(V * D);
-        states = arena.take<E>(S * (D + GAP));
+        states = arena.take<E>(S * (D + BETWEEN));
         if (h.d_states) {
             transposed = arena.take<E>(V * D);
-            d_logits = arena.take<E>(S * (V + GAP));
+            d_logits = arena.take<E>(S * (V + BETWEEN));
         }
         logits = arena.take<float>(h.threads * NEAR_ROWS * V);
         scratch = arena.take<float>(h.threads * crossed_scratch(D));
@@ -58,7 +54,7 @@ class Loss {
         barrier.wait();
         const Range blocks = part(V / LANES, thread, h.threads);
         const int64_t first = blocks.begin * LANES;
-        crossed_product(d_logits + first, V + GAP, states, D + GAP, S, blocks.end * LANES - first, D,
+        crossed_product(d_logits + first, V + BETWEEN, states, D + BETWEEN, S, blocks.end * LANES - first, D,
                         h.d_weight + first * D, D, false, scratch + thread * crossed_scratch(D));
     }
 
@@ -68,13 +64,13 @@ class Loss {
     void rows(int64_t at, int64_t count, float* sums) {
         for (int64_t row = at; row < at + count; ++row)
             for (int64_t i = 0; i < D; i += LANES)
-                put(states + row * (D + GAP) + i, load(h.states + row * D + i));
-        product<>(static_cast<const E*>(packed), static_cast<const E*>(states + at * (D + GAP)), D + GAP,
+                put(states + row * (D + BETWEEN) + i, load(h.states + row * D + i));
+        product<>(static_cast<const E*>(packed), static_cast<const E*>(states + at * (D + BETWEEN)), D + BETWEEN,
                   D, count, blocks(V), Put{sums, V});
         for (int64_t row = 0; row < count; ++row) softmax(at + row, sums + row * V);
         if (h.d_states)
             product<>(static_cast<const E*>(transposed),
-                      static_cast<const E*>(d_logits + at * (V + GAP)), V + GAP, V, count, blocks(D),
+                      static_cast<const E*>(d_logits + at * (V + BETWEEN)), V + BETWEEN, V, count, blocks(D),
                       Put{h.d_states + at * D, D});
     }
 
@@ -97,33 +93,30 @@ class Loss {
         h.losses[token] = std::log(total) - (wanted - peak);
         if (!h.d_states) return;
         const float factor = h.scale / total;
-        E* to = d_logits + token * (V + GAP);
+        E* to = d_logits + token * (V + BETWEEN);
         row[label] -= total;
         for (int64_t i = 0; i < V; i += LANES) put(to + i, load(row + i) * factor);
     }
 
-    const Head& h;
+    static constexpr int64_t BETWEEN = 32;  // rows, against strides of powers of two
+
+    const LossTask& h;
     const int64_t S, D, V;
     E *packed, *states, *transposed = nullptr, *d_logits = nullptr;
     float *logits, *scratch;
 };
 
-}  // namespace
-
-extern "C" int64_t hrm_head_lanes() { return LANES; }
-
-// Floats of workspace.
-extern "C" int64_t hrm_head_workspace(const Head* head) {
-    int64_t used = 0;
-    in_format(head->bf16, [&](auto format) { used = Loss<decltype(format)>(*head, Arena(nullptr)).used; });
-    return used;
-}
-
-extern "C" void hrm_head_loss(const Head* head, float* workspace) {
-    Barrier barrier{int(head->threads)};
-    on_threads(head->threads, [&](int64_t thread) {
-        in_format(head->bf16, [&](auto format) {
-            Loss<decltype(format)>(*head, Arena(workspace)).run(thread, barrier);
-        });
-    });
+// Of the supervised tokens, those of a row together: sum of the losses, tokens that are right, rows without
+// a wrong one, rows.
+inline void sum_up(const LossTask& head, const int64_t* row_of, int64_t rows, double* sums) {
+    double loss = 0.0;
+    int64_t right = 0, wrong_rows = 0, last_wrong = -1;
+    for (int64_t t = 0; t < head.tokens; ++t) {
+        loss += head.losses[t];
+        right += head.correct[t];
+        if (head.correct[t] || row_of[t] == last_wrong) continue;
+        last_wrong = row_of[t];
+        ++wrong_rows;
+    }
+    sums[0] = loss, sums[1] = double(right), sums[2] = double(rows - wrong_rows), sums[3] = double(rows);
 }
