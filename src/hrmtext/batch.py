@@ -122,6 +122,11 @@ class RowLayout:
             at += length
         return cls(num_tokens=num_tokens, lengths=lengths, visible_end=visible_end)
 
+    @functools.cached_property
+    def num_seen(self) -> int:
+        """Pairs of a token and one that it sees, of all rows; found once."""
+        return int(self.visible_end.sum())
+
     @property
     def num_padding(self) -> int:
         """Tokens behind the last row."""

@@ -205,7 +205,7 @@ class Loader:
                     supervise_prompts=self.supervise_prompts,
                 )
             )
-            bins[-1].supervised()  # found ahead of the step that asks
+            _ = bins[-1].targets, bins[-1].layout.num_seen  # found ahead of the step that asks
         return GlobalBatch(
             index=index,
             epoch=epoch.number,

@@ -305,7 +305,7 @@ class Session:
             shown.update(record, self._time_left(record))
 
     def _count(self, batch: GlobalBatch, depth: Depth, result: StepResult) -> None:
-        seen = sum(int(packed.layout.visible_end.sum()) for packed in batch.bins)
+        seen = sum(packed.layout.num_seen for packed in batch.bins)
         own_tokens = sum(sum(packed.layout.lengths) for packed in batch.bins)
         flops = batch.num_tokens * training_flops(
             self.model_config,

@@ -41,8 +41,8 @@ class Modules:
         self.parameters = list(named.values())
         self.sum_over_shards = sum_over_shards
         self.names = list(dict.fromkeys(module_of(name) for name in named))
-        self._index = np.array([self.names.index(module_of(name)) for name in named])
-        pairs = list(zip(self.parameters, self._index.tolist(), strict=True))
+        self._index = [self.names.index(module_of(name)) for name in named]
+        pairs = list(zip(self.parameters, self._index, strict=True))
         self._members = [[p for p, of in pairs if of == m] for m in range(len(self.names))]
 
     def members(self, module: int) -> list[torch.nn.Parameter]:
@@ -51,8 +51,10 @@ class Modules:
 
     def sums(self, by_parameter: Sequence[float]) -> npt.NDArray[np.float64]:
         """(P) values added up by module: (M)."""
-        sums = np.bincount(self._index, weights=by_parameter, minlength=len(self.names))
-        return sums.astype(np.float64, copy=False)
+        sums = [0.0] * len(self.names)
+        for module, value in zip(self._index, by_parameter, strict=True):
+            sums[module] += value
+        return np.array(sums)
 
     @torch.no_grad()
     def gradient_squares(self, optimizer: AdamAtan2) -> torch.Tensor:

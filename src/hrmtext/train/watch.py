@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -39,18 +40,17 @@ class StepWatch:
             supervised_tokens: over all ranks.
         """
         squares = self.modules.gradient_squares(self.optimizer)  # (P)
-        loss = sums[:1]
         if self.guard is not None and dist.is_distributed():
-            loss = dist.sum_over_ranks(loss.clone())
-        parts = [loss, squares]
+            sums = dist.sum_over_ranks(sums.clone())
+        parts = [sums, squares]
         if self._visited is not None:
             parts.append(self.modules.sum_over_shards(self._visited[1]))
-        loss_sum, *values = torch.cat(parts).tolist()
-        if self._visited is not None:
-            self._note(values[-2:])
-        by_module = self.modules.sums(values[: len(squares)])
+        sums_now, squares_now, *visited = _fetch(parts)
+        if visited:
+            self._note(visited[0])
+        by_module = self.modules.sums(squares_now)
         return Observation(
-            loss=loss_sum / max(1, supervised_tokens),
+            loss=sums_now[0] / max(1, supervised_tokens),
             supervised_tokens=supervised_tokens,
             gradient_norms=np.sqrt(by_module),
         )
@@ -124,3 +124,11 @@ class StepWatch:
         assert self.guard is not None and self._visited is not None, "a guard visits"
         self.guard.note_update(self._visited[0], *squares)
         self._visited = None
+
+
+def _fetch(tensors: Sequence[torch.Tensor]) -> list[list[float]]:
+    """The numbers of one-dimensional tensors; the host waits once for a device."""
+    if all(tensor.device.type == "cpu" for tensor in tensors):
+        return [tensor.tolist() for tensor in tensors]
+    numbers = iter(torch.cat(list(tensors)).tolist())
+    return [list(itertools.islice(numbers, len(tensor))) for tensor in tensors]
