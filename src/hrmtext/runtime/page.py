@@ -30,7 +30,8 @@ svg { display:block; width:100%; height:auto; } svg text { fill:var(--dim); font
 .texts td { text-align:left; vertical-align:top; white-space:pre-wrap; max-width:34em;
   overflow-wrap:anywhere; } .texts th { text-align:left; } details { margin:8px 0; }
 .bar { opacity:.75; } summary { cursor:pointer; }
-.key { margin:2px 4px; font-size:13px; color:var(--dim); } .key span { margin-right:14px; }
+.key { margin:2px 4px; font-size:13px; color:var(--dim); }
+.key span { margin-right:14px; display:inline-block; }
 .key i { display:inline-block; width:14px; height:3px; margin-right:5px; vertical-align:middle; }
 table { border-collapse:collapse; width:100%; } th, td { padding:5px 10px; text-align:right;
   border-bottom:1px solid var(--line); } th:first-child, td:first-child { text-align:left; }

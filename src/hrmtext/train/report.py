@@ -41,8 +41,11 @@ def write_report(run: RunFolder | str | Path) -> Path:
     stability = [record for record in records if record["kind"] == "stability"]
     telemetry = [record for record in records if record["kind"] == "telemetry"]
     versions = _json(run.versions_file)
+    # A folder that is called `run`, as the README's, says nothing; the one above it does.
+    folder = run.path.resolve()
+    name = f"{folder.parent.name}/{folder.name}" if folder.name == "run" else folder.name
     parts = [
-        f"<h1>{html.escape(run.path.resolve().name)}</h1>",
+        f"<h1>{html.escape(name)}</h1>",
         f"<p class=dim>{html.escape(_where(versions))}</p>",
         _facts(training, validations) + _checkpoints(run),
         _charts(training, validations, stability),
@@ -54,7 +57,7 @@ def write_report(run: RunFolder | str | Path) -> Path:
         f"<h2>Configuration</h2><pre>{html.escape(run.config_file.read_text('utf-8'))}</pre>",
         f"<h2>Versions</h2><pre>{html.escape(json.dumps(versions, indent=2))}</pre>",
     ]
-    write_text(run.report_file, page(f"{run.path.resolve().name} · hrm-text", parts))
+    write_text(run.report_file, page(f"{name} · hrm-text", parts))
     return run.report_file
 
 

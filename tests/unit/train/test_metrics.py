@@ -5,6 +5,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 
 import pytest
 import torch
@@ -140,6 +141,11 @@ def test_the_report_is_one_file_with_curves_facts_and_nothing_to_fetch(run):
     last = [r for r in read_metrics(run.metrics_file) if r["kind"] == "train"][-1]
     assert f"{last['loss']:.4f}" in text
     assert "<h2>Evaluation</h2>" not in text
+
+
+def test_a_folder_that_is_called_run_has_the_name_of_the_one_above_it_in_the_report(run, tmp_path):
+    shutil.copytree(run.path, tmp_path / "maths" / "run")
+    assert "<h1>maths/run</h1>" in write_report(tmp_path / "maths" / "run").read_text()
 
 
 def test_the_report_shows_an_evaluation_that_came_later(run):
