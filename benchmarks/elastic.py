@@ -1,11 +1,11 @@
 """Does a model trained for several depths keep its answers at one H cycle less?
 
-Three micro models see the same data in the same order for as many steps: one trained plainly, one
-with `elastic` as in configs/train/elastic.yaml, one with the early-cycle loss alone. Each answers
-the held-out rows at both depths, greedily, with the averaged weights. Interrupted, the same call
-goes on: data, runs and answers that are there are not made again.
+For every seed three micro models see the same data in the same order for as many steps: one trained
+plainly, one with `elastic` as in configs/train/elastic.yaml, one with the early-cycle loss alone.
+Each answers the held-out rows at both depths, greedily, with the averaged weights. Interrupted, the
+same call goes on: data, runs and answers that are there are not made again.
 
-    python benchmarks/elastic.py WORK [--only plain] [--steps 2000]
+    python benchmarks/elastic.py WORK [--only plain] [--steps 2000] [--seeds 0 1 2]
 
 The result is written when all sides are done.
 """
@@ -14,7 +14,9 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Collection
 from pathlib import Path
+from typing import Any
 
 import torch
 from common import write_result
@@ -56,18 +58,19 @@ SIDES: dict[str, dict[str, object]] = {
 }
 
 
-def run_side(name: str, work: Path, steps: int) -> dict[str, object]:
+def run_side(name: str, work: Path, steps: int, seed: int) -> dict[str, Any]:
     """Train (or go on with, or take up) one side, and ask it at both depths."""
-    done = work / f"{name}.json"
+    side = f"{name}-seed{seed}"
+    done = work / f"{side}.json"
     if done.is_file():
         return json.loads(done.read_text())
-    shared = {**read_yaml(RECIPE), "max_steps": steps, "checkpoint_every": 100}
+    shared = {**read_yaml(RECIPE), "max_steps": steps, "seed": seed, "checkpoint_every": 100}
     recipe = build(TrainConfig, {**shared, "elastic": SIDES[name]}, where=name)
-    data, run = work / "data", work / name
+    data, run = work / "data", work / side
     result = train(recipe, data_folder=data, run_folder=run, device="cpu", progress="none")
     lines = read_metrics(RunFolder(run).path / "metrics.jsonl")
     validation = [line for line in lines if line.get("kind") == "validation"][-1]
-    found: dict[str, object] = {
+    found: dict[str, Any] = {
         "elastic": to_mapping(recipe)["elastic"],
         "steps": steps,
         "flops": estimate(recipe, device=torch.device("cpu")).total_flops,
@@ -108,26 +111,38 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("--only", choices=[*SIDES, "data"])
     parser.add_argument("--steps", type=int, default=2_000)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
     prepare(build(DataConfig, DATA, where="data"), options.work / "data")
     if options.only == "data":
         return
     wanted = [options.only] if options.only else [*SIDES]
-    sides = {name: run_side(name, options.work, options.steps) for name in wanted}
+    sides: dict[str, dict[int, dict[str, Any]]] = {name: {} for name in wanted}
+    for seed in options.seeds:
+        for name in wanted:
+            sides[name][seed] = run_side(name, options.work, options.steps, seed)
     if options.only:
         print(json.dumps(sides, indent=2))
         return
-    kept = {}
-    for name, side in sides.items():
-        by_depth = side["exact_match"]
-        assert isinstance(by_depth, dict), "it is written by run_side"
-        full, less = (by_depth[f"H_cycles={cycles}"]["share"] for cycles in (2, 1))
-        kept[name] = round(less / full, 4) if full else None
+    kept = {name: share_kept(by_seed.values()) for name, by_seed in sides.items()}
+    by_seed = {
+        name: {seed: share_kept([side]) for seed, side in runs.items()}
+        for name, runs in sides.items()
+    }
     write_result(
         "elastic", torch.device("cpu"),
         {"threads": torch.get_num_threads(), "data": DATA, "recipe": read_yaml(RECIPE),
-         "share_kept_at_one_cycle_less": kept, "sides": sides},
+         "share_kept_at_one_cycle_less": kept, "by_seed": by_seed, "sides": sides},
     )  # fmt: skip
+
+
+def share_kept(sides: Collection[dict[str, Any]]) -> float | None:
+    """Right answers at one cycle for each at two, over all runs; None where there is none."""
+    full, less = (
+        sum(side["exact_match"][f"H_cycles={cycles}"]["right"] for side in sides)
+        for cycles in (2, 1)
+    )
+    return round(less / full, 4) if full else None
 
 
 if __name__ == "__main__":

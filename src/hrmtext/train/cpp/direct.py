@@ -73,7 +73,8 @@ class CppModel:
         """
         core, head, tokens = self.model.model, self.model.lm_head.weight, batch.tokens.contiguous()
         table = core.embed_tokens.weight.contiguous()
-        z_H = torch.empty(len(tokens), table.shape[1])
+        z_H = torch.empty(plan.num_tokens, table.shape[1])
+        assert len(tokens) == plan.num_tokens, f"{len(tokens)} tokens in rows of {plan.num_tokens}"
         run = Run(self.blocks, depth, batch.positions, plan, batch.select)
         *earlier, state = run.prepare(z_H, core.z_L_init.expand_as(z_H), with_backward=True)
         d_state, d_head = torch.empty(state.shape), torch.empty(head.shape)

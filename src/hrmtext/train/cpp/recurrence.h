@@ -12,8 +12,7 @@
 
 extern "C" {
 
-// One call: a stack's blocks over the sum of what it reads, and the norm at its exit. All numbers here have
-// 64 bits.
+// One call: a stack's blocks over the sum of what it reads, and the norm at its exit.
 struct Call {
     int64_t first_block;  // of the stack, among all
     int64_t selects;      // its last block gives only the outputs that are wanted

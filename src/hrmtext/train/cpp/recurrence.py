@@ -117,7 +117,7 @@ class CppRecurrence(CppBlocks):
             z_H, z_L: (T, D), the states at the start.
             positions: (T) int64. plan: what `rows` gave.
         """
-        run = Run(self, depth, positions.contiguous(), plan, select)
+        run = Run(self, depth, positions, plan, select)
         if not (torch.is_grad_enabled() and any(depth.carries_gradient)):
             return run.forward(z_H, z_L, with_backward=False)
         return list(_RecurrenceFunction.apply(z_H, z_L, run, *self.weights))
@@ -135,7 +135,10 @@ class CppRecurrence(CppBlocks):
 
 
 class Run:
-    """One recurrence, forward and then backward: what `CppRecurrence.recur` makes of its own."""
+    """One recurrence, forward and then backward.
+
+    `prepare` and `prepare_backward` lay it out for a call of the kernel that computes more.
+    """
 
     def __init__(
         self,
@@ -146,6 +149,8 @@ class Run:
         select: torch.Tensor | None,
     ) -> None:
         self.owner = owner
+        positions, count = positions.contiguous(), plan.num_tokens
+        assert len(positions) == count, f"{len(positions)} positions for {count} tokens"
         self.stack_calls = list(stack_calls(owner.config, depth))
         self.num_blocks = owner.config.num_layers_per_stack  # of a stack
         self.width = owner.config.hidden_size
