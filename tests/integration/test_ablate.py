@@ -83,12 +83,13 @@ def test_the_table_is_the_mean_and_interval_of_the_runs(workspace):
             for seed in (0, 1)
         ]
         assert row["exact_match"] == pytest.approx(sum(scores) / 2)
+        assert row["exact_match_by_seed"] == scores
         spread = abs(scores[0] - scores[1]) / 2  # two values: std / sqrt(2) is half their distance
         assert row["half_width"] == pytest.approx(12.706 * spread)
         assert 0 < row["validation_loss"] < 10
     text = (workspace / "out" / "table.md").read_text()
     assert text.startswith("# Mask and loops") and "2 seeds" in text
-    assert "| architecture | mask | loss on | parameters | steps |" in text
+    assert "| architecture | mask | loss on | parameters | steps | exact match | by seed |" in text
     assert "| hrm | causal | all | " in text and "| ut | prefix | response | " in text
 
 
@@ -120,7 +121,7 @@ def test_differences_are_of_pairs_of_seeds(workspace):
     assert rows["ut"].difference_half_width == pytest.approx(4.303 * 0.1)
     ablate.write(settings(), list(rows.values()), workspace / "pairs")
     text = (workspace / "pairs" / "table.md").read_text()
-    assert "| 60.0 ± 99.4 | +10.0 ± 0.0 |" in text
+    assert "| 60.0 ± 99.4 | 20 60 100 | +10.0 ± 0.0 |" in text
 
 
 def test_many_families_are_shown_by_source(workspace):

@@ -21,6 +21,8 @@ TABLE_FILE, JSON_FILE = "table.md", "table.json"
 T_975 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """97.5 % quantiles of Student's t with 1 to 9 degrees of freedom; beyond, the normal's 1.96."""
 
+MOST_SEEDS = 5
+"""Seeds that are shown one by one."""
 MOST_COLUMNS = 12
 """Families that have columns of their own; more are shown by source."""
 
@@ -43,6 +45,7 @@ class Row:
     """Mean over families, then seeds."""
     half_width: float | None
     """Of the 95 % interval of exact_match over seeds (Student's t); None with one seed."""
+    exact_match_by_seed: list[float]
     difference: float
     """exact_match less the reference's, seed by seed, mean; 0 for the reference."""
     difference_half_width: float | None
@@ -90,6 +93,7 @@ def tabulate(runs: Sequence[PlannedRun]) -> list[Row]:
                 seeds=len(members),
                 exact_match=statistics.fmean(scores),
                 half_width=half_width(scores),
+                exact_match_by_seed=scores,
                 difference=statistics.fmean(pairs),
                 difference_half_width=half_width(pairs) if table else None,
                 families={family: statistics.fmean(part) for family, part in families.items()},
@@ -146,11 +150,14 @@ def _head(config: AblationConfig, table: Sequence[Row]) -> list[str]:
 
 def _main(table: Sequence[Row]) -> list[str]:
     names = _labels(table)
-    head = [*names, "parameters", "steps", "exact match", "difference", "loss"]
+    shows_seeds = 2 <= table[0].seeds <= MOST_SEEDS
+    by_seed = ["by seed"] if shows_seeds else []
+    head = [*names, "parameters", "steps", "exact match", *by_seed, "difference", "loss"]
     lines = []
     for row in table:
         is_reference = row.difference_half_width is None and row.difference == 0.0
         difference = _percent(row.difference, row.difference_half_width, sign="+")
+        scores = " ".join(f"{100 * score:.0f}" for score in row.exact_match_by_seed)
         spread = "" if row.loss_half_width is None else f" ± {row.loss_half_width:.3f}"
         lines.append(
             [
@@ -158,6 +165,7 @@ def _main(table: Sequence[Row]) -> list[str]:
                 f"{row.parameters:,}",
                 f"{row.steps:,}",
                 _percent(row.exact_match, row.half_width),
+                *([scores] if shows_seeds else []),
                 "" if is_reference else difference,
                 f"{row.validation_loss:.3f}{spread}",
             ]
