@@ -5,7 +5,7 @@ plainly, one with `elastic` as in configs/train/elastic.yaml, one with the early
 Each answers the held-out rows at both depths, greedily, with the averaged weights. Interrupted, the
 same call goes on: data, runs and answers that are there are not made again.
 
-    python benchmarks/elastic.py WORK [--only plain] [--steps 2000] [--seeds 0 1 2]
+    python benchmarks/elastic.py WORK [--only plain] [--steps 3000] [--seeds 0 1 2]
 
 The result is written when all sides are done.
 """
@@ -110,7 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("work", type=Path)
     parser.add_argument("--only", choices=[*SIDES, "data"])
-    parser.add_argument("--steps", type=int, default=2_000)
+    parser.add_argument("--steps", type=int, default=3_000)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     options = parser.parse_args()
     prepare(build(DataConfig, DATA, where="data"), options.work / "data")
