@@ -51,7 +51,7 @@ def side(preset: str, tokens: int, device: torch.device, **changes: object) -> C
         step.run(batch, depth=depth, lr=1e-5, step=done[0])
         done[0] += 1
 
-    for _ in range(22):  # until the guard judges
+    for _ in range(70):  # until the guard's window is full, as in nearly all steps of a run
         run()
     return run
 
@@ -61,7 +61,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=20)
     parser.add_argument("--preset", default="micro")
-    parser.add_argument("--batch-tokens", type=int, default=2096)
+    parser.add_argument("--batch-tokens", type=int, default=1024)
     parser.add_argument("--device", default="auto")
     arguments = parser.parse_args()
     device = pick_device(arguments.device)

@@ -22,16 +22,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from hrmtext.config.stability import StabilityLimits
 from hrmtext.errors import CheckpointError
 from hrmtext.model.depth import Depth
+from hrmtext.train.history import Array, History
 
-Array = npt.NDArray[np.float64]
-
-SPREAD_PER_DEVIATION = 1.4826
-"""Standard deviation of normal values as a multiple of their median absolute deviation."""
 LEAST_LOG_SPREAD = 0.15
 """Spread of the logarithm of a gradient norm, at least; a window may happen to be calm."""
 LEAST_LOSS_SPREAD = 0.02
@@ -82,50 +78,6 @@ class Decision:
 PROCEED = Decision()
 
 
-class History:
-    """The newest rows of numbers, with robust statistics by column."""
-
-    def __init__(self, length: int, rows: Sequence[Array] = ()) -> None:
-        """Keeps `length` rows; `rows` are the first of them."""
-        self.length = length
-        self._values = np.empty((0, length))  # (columns, length), NaN where nothing came yet
-        self._known = np.zeros(0, dtype=np.int64)  # (columns) values that are no NaN
-        self._count = 0
-        for row in rows:
-            self.append(row)
-
-    def append(self, row: Array) -> None:
-        """Add the newest row, in the place of the oldest where there are `length`."""
-        if not self._count:
-            self._values = np.full((len(row), self.length), np.nan)
-            self._known = np.zeros(len(row), dtype=np.int64)
-        oldest = self._values[:, self._count % self.length]
-        self._known += np.isnan(oldest)
-        self._known -= np.isnan(row)
-        oldest[:] = row
-        self._count += 1
-
-    def rows(self) -> list[Array]:
-        """The rows, oldest first."""
-        newest = range(max(0, self._count - self.length), self._count)
-        return [self._values[:, index % self.length] for index in newest]
-
-    def statistics(self, at_least: int) -> tuple[Array, Array] | None:
-        """Median and spread of every column over its known values; NaN where these are too few.
-
-        None where no column has `at_least` of them.
-        """
-        counts = self._known
-        is_known = counts >= at_least
-        if not is_known.any():
-            return None
-        median = _medians(self._values, counts)
-        if not is_known.all():
-            median[~is_known] = np.nan
-        deviations = np.abs(self._values - median[:, None])
-        return median, SPREAD_PER_DEVIATION * _medians(deviations, counts)
-
-
 class StabilityGuard:
     """Judges every step of a run; its state is a handful of plain values and bytes as text."""
 
@@ -158,6 +110,8 @@ class StabilityGuard:
         Args:
             lr: what the schedule asks for.
         """
+        if self._is_usual(seen, lr, depth):
+            return PROCEED
         reasons: list[str] = []
         rise, loss_bound = self._judge_loss(seen, depth)
         damp, gradient_factor, skip = self._judge_gradients(seen, depth, reasons)
@@ -178,6 +132,38 @@ class StabilityGuard:
         if not reasons:
             reasons.append(EASING)
         return self._act(seen, gradient_factor, reasons, damp=damp, rate=rate)
+
+    def _is_usual(self, seen: Observation, lr: float, depth: Depth) -> bool:
+        """Whether no rule can find anything, by bounds of the medians; if so, count the step.
+
+        Nearly every step is: its medians, most of the guard's time, need not be known.
+        """
+        losses = self._losses.get(_cycles(depth))
+        gradients = self._gradients.get(_calls(depth))
+        if lr <= 0 or self._brake < 1.0 or losses is None or gradients is None:
+            return False
+        if any(rise > 0.5 for rise in self._rises):  # with them this step might brake
+            return False
+        at_least = self.limits.history_steps
+        of_losses, of_gradients = losses.floors(at_least), gradients.floors(at_least)
+        of_updates, lately = self._updates.floors(at_least), self._applied.floors(LATELY // 2)
+        if of_losses is None or of_gradients is None or of_updates is None or lately is None:
+            return False
+        logs, ratios = _logs(seen), self._log_ratios + math.log(lr)
+        if (
+            not seen.loss - of_losses[1] <= self.limits.loss_rise / 2
+            or (logs - of_gradients[1:] > math.log(self.limits.damp_factor)).any()
+            or (ratios - lately > math.log(self.limits.update_factor)).any()
+        ):
+            return False
+        self._history(self._losses, _cycles(depth)).append(_row(seen, [seen.loss]))
+        self._history(self._gradients, _calls(depth)).append(_row(seen, logs))
+        self._updates.append(ratios)
+        self._applied.append(ratios)
+        self._rises.append(0.0)  # at most 0.5, as all that does not brake
+        self._steps_since_brake += 1
+        self._skips_in_a_row = 0
+        return True
 
     def _act(
         self,
@@ -211,10 +197,9 @@ class StabilityGuard:
 
     def _judge_loss(self, seen: Observation, depth: Depth) -> tuple[float, float]:
         """How far the loss is above its median, and how far it may be; nothing while unknown."""
-        key = f"{depth.H_cycles}x{depth.L_cycles}"
-        history = self._history(self._losses, key)
+        history = self._history(self._losses, _cycles(depth))
         known = history.statistics(self.limits.history_steps)
-        history.append(np.array([seen.supervised_tokens, seen.loss], dtype=np.float64))
+        history.append(_row(seen, [seen.loss]))
         if known is None:
             return 0.0, math.inf
         (tokens, loss), (_, spread) = known
@@ -225,13 +210,10 @@ class StabilityGuard:
         self, seen: Observation, depth: Depth, reasons: list[str]
     ) -> tuple[dict[int, float], float, bool]:
         """Factors for modules to damp, the whole norm as a multiple of its median, and skip."""
-        norms = np.array([seen.gradient_norm, *seen.gradient_norms])
-        logs = np.log(norms, where=norms > 0, out=np.full_like(norms, np.nan))  # (1 + M)
-        calls = "".join("+" if carries else "-" for carries in depth.carries_gradient)
-        key = f"{depth.H_cycles}x{depth.L_cycles} {calls}"
-        history = self._history(self._gradients, key)
+        logs = _logs(seen)
+        history = self._history(self._gradients, _calls(depth))
         known = history.statistics(self.limits.history_steps)
-        history.append(np.array([seen.supervised_tokens, *logs]))
+        history.append(_row(seen, logs))
         if known is None:
             return {}, 1.0, False
         medians, spreads = known
@@ -355,6 +337,25 @@ def describe_action(record: dict[str, Any]) -> str:
     return f"stability at step {record['step']}: {what}{note}: {record['reason']}"
 
 
+def _cycles(depth: Depth) -> str:
+    return f"{depth.H_cycles}x{depth.L_cycles}"
+
+
+def _calls(depth: Depth) -> str:
+    calls = "".join("+" if carries else "-" for carries in depth.carries_gradient)
+    return f"{_cycles(depth)} {calls}"
+
+
+def _logs(seen: Observation) -> Array:
+    """(1 + M) of the whole norm and the modules'; NaN of 0."""
+    norms = np.array([seen.gradient_norm, *seen.gradient_norms])
+    return np.log(norms, where=norms > 0, out=np.full_like(norms, np.nan))
+
+
+def _row(seen: Observation, values: Sequence[float] | Array) -> Array:
+    return np.array([seen.supervised_tokens, *values], dtype=np.float64)
+
+
 def _or(values: Array, default: float) -> Array:
     """Another value in the place of NaN."""
     return np.where(np.isnan(values), default, values)
@@ -363,17 +364,6 @@ def _or(values: Array, default: float) -> Array:
 def _widening(usual_tokens: float, tokens: int) -> float:
     """How much wider bounds are for a batch of fewer tokens than usual, whose means vary more."""
     return max(1.0, math.sqrt(usual_tokens / max(1, tokens)))
-
-
-def _medians(values: Array, counts: npt.NDArray[np.int_]) -> Array:
-    """(C, R) -> (C): medians over the first `counts` of each column in order; NaN is last."""
-    ordered, least = np.sort(values, axis=1), int(counts.min())
-    if least == int(counts.max()) and least:  # all alike, as in nearly every step
-        return (ordered[:, (least - 1) // 2] + ordered[:, least // 2]) / 2
-    columns = np.arange(len(counts))
-    above = np.maximum(counts, 1) // 2
-    below = (np.maximum(counts, 1) - 1) // 2
-    return (ordered[columns, below] + ordered[columns, above]) / 2
 
 
 def _pack(rows: Sequence[Array]) -> dict[str, Any]:

@@ -16,10 +16,11 @@ from hrmtext.model import build_model
 from hrmtext.model.depth import Depth
 from hrmtext.runtime.rng import numpy_generator
 from hrmtext.train import train_on
+from hrmtext.train.history import History
 from hrmtext.train.metrics import read_metrics
 from hrmtext.train.modules import Modules, module_of
 from hrmtext.train.optim import AdamAtan2
-from hrmtext.train.stability import History, Observation, StabilityGuard
+from hrmtext.train.stability import Observation, StabilityGuard
 from hrmtext.train.step import TrainStep
 
 NAMES = ["embedding", "H.0.mlp", "head"]
@@ -68,6 +69,68 @@ def test_a_history_has_the_medians_of_its_newest_known_values():
         for ours, expected in zip(found, (median, spread), strict=True):
             assert np.array_equal(ours[known], expected)
             assert np.isnan(ours[~known]).all()
+
+
+@pytest.mark.parametrize("at_least", [2, 8])
+def test_floors_are_below_the_medians_of_this_row_and_some_more(at_least):
+    generator = numpy_generator(1, "floors")
+    values = np.cumsum(generator.standard_normal((300, 4)), axis=0)  # medians move
+    values[150:, 0] -= 100.0
+    values[::2, 1] = np.nan
+    values[:200, 2] = np.nan
+    values[100:, 3] = np.nan
+    history, near = History(16), 0
+    for count, row in enumerate(values):
+        floors, statistics = history.floors(at_least), history.statistics(at_least)
+        assert (floors is None) == (count == 0)
+        if floors is not None and statistics is not None:
+            known = ~np.isnan(statistics[0])
+            assert (floors[known] <= statistics[0][known]).all()
+            near += int((floors[known] > -np.inf).sum())
+        history.append(row)
+    assert near > 300
+
+
+@pytest.mark.parametrize("applied", [True, False])
+def test_steps_that_are_plainly_usual_are_decided_as_by_the_medians(monkeypatch, applied):
+    """The short way changes no decision, whatever comes: spikes, gaps, depths, rates."""
+    kinds = []
+
+    def decisions(*, with_short_way):
+        guard = StabilityGuard(StabilityLimits(), NAMES, applied=applied)
+        honest = StabilityGuard._is_usual
+
+        def is_usual(self, *arguments):
+            return with_short_way and bool(kinds.append(honest(self, *arguments)) or kinds[-1])
+
+        monkeypatch.setattr(StabilityGuard, "_is_usual", is_usual)
+        generator, found = numpy_generator(3, "faults"), []
+        for step, one in enumerate(noisy(3_000, seed=5)):
+            fault = generator.random()
+            size, loss = 1.0, one.loss
+            if fault < 0.01:
+                size = math.exp(2 + 5 * generator.random())
+            elif fault < 0.02:
+                loss += 2 * generator.random()
+            norms = one.gradient_norms * np.where(generator.random(3) < 0.5, size, 1.0)
+            if 1_000 <= step < 1_015 or 2_000 <= step < 2_200:
+                loss += 0.6  # stays: a brake
+            if 500 <= step < 700:
+                norms[0] = 0.0  # a module without gradient
+            factor = 8.0 if 1_500 <= step < 1_530 else 1.0
+            guard.note_update(step % 3, (0.2 * factor) ** 2, 1.0)
+            depth = SHALLOW if step % 400 < 100 else DEPTH
+            lr = 0.0 if step == 900 else 1e-3 * min(1.0, (step + 1) / 100)
+            decision = guard.decide(seen(loss, norms, tokens=500 + step % 600), lr=lr, depth=depth)
+            found.append(decision)
+        monkeypatch.undo()
+        return found
+
+    short, long = decisions(with_short_way=True), decisions(with_short_way=False)
+    assert short == long
+    assert sum(kinds) > 1_000, "most steps take the short way"
+    acted = {decision.record["action"] for decision in short if decision.record}
+    assert {"skip", "damp", "brake"} <= acted
 
 
 def test_noise_warmup_and_a_change_of_depth_are_no_outliers():
