@@ -101,7 +101,10 @@ class _MallocInfo(ctypes.Structure):
 
 
 class MemoryRelease:
-    """Releases a CPU run's free memory when it is much; on other devices it does nothing."""
+    """Free memory of a CPU run: the process keeps KEPT_BYTES of it from now on, and releases more.
+
+    On other devices it does nothing.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.is_for_cpu = device.type == "cpu"

@@ -11,8 +11,6 @@ Array = npt.NDArray[np.float64]
 
 SPREAD_PER_DEVIATION = 1.4826
 """Standard deviation of normal values as a multiple of their median absolute deviation."""
-
-
 MOST_ROWS = 8
 """Rows to come for which floors are found; the more, the lower they are."""
 

@@ -150,17 +150,16 @@ class TrainStep:
         if self.blocks is not None:
             self.blocks.pack()
         for packed in bins:
-            plan = None if self.blocks is None else self.blocks.rows(packed.layout)
             micro = Microbatch.prepare(
                 packed,
                 device=self.device,
                 dtype=self.compute.dtype,
                 backend=self.config.attention,
                 head_dim=self.compute.module.config.head_dim,
-                plan=plan,
+                plan=None if self.blocks is None else self.blocks.rows(packed.layout),
             )
-            if plan is not None and (direct := self._direct(micro, depth)) is not None:
-                sums += direct.add_gradients(micro, plan, depth, scale)
+            if (direct := self._direct(micro, depth)) is not None:
+                sums += direct.add_gradients(micro, depth, scale)
                 continue
             with self._watched(micro) as call_block:
                 loss = self.compute.call(

@@ -53,12 +53,12 @@ def gradients(step, batch, depth):
 
 @pytest.fixture
 def calls(monkeypatch):
-    """Names of the depths whose microbatches were computed in one call."""
+    """The depths whose microbatches were computed in one call."""
     made, honest = [], CppModel.add_gradients
 
-    def counted(self, batch, plan, depth, scale):
+    def counted(self, batch, depth, scale):
         made.append(depth)
-        return honest(self, batch, plan, depth, scale)
+        return honest(self, batch, depth, scale)
 
     monkeypatch.setattr(CppModel, "add_gradients", counted)
     return made

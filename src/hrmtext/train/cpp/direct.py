@@ -7,18 +7,18 @@ percent of a small model's step.
 from __future__ import annotations
 
 import ctypes
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 
 from hrmtext.errors import DataError
 from hrmtext.model import HrmLM
 from hrmtext.model.depth import Depth
+from hrmtext.train.cpp.blocks import RowsPlan
 from hrmtext.train.cpp.head import CppHead
 from hrmtext.train.cpp.recurrence import CppRecurrence, Run
 
 if TYPE_CHECKING:
-    from hrmtext.train.cpp.blocks import RowsPlan
     from hrmtext.train.loss import Microbatch
 
 _I, _P = ctypes.c_int64, ctypes.c_void_p
@@ -55,15 +55,13 @@ class CppModel:
         )
 
     @torch.no_grad()
-    def add_gradients(
-        self, batch: Microbatch, plan: RowsPlan, depth: Depth, scale: float
-    ) -> torch.Tensor:
+    def add_gradients(self, batch: Microbatch, depth: Depth, scale: float) -> torch.Tensor:
         """Add the gradients of the loss times `scale` to the parameters'.
 
         To the bit those of `loss.forward_loss` by these blocks and this head.
 
         Args:
-            plan: what the blocks gave for the batch's rows.
+            batch: with the plan that the blocks gave for its rows.
 
         Returns:
             (4) fp64: as `loss.step_sums`.
@@ -71,6 +69,7 @@ class CppModel:
         Raises:
             DataError: a token that is not in the vocabulary.
         """
+        plan = cast(RowsPlan, batch.plan)
         core, head, tokens = self.model.model, self.model.lm_head.weight, batch.tokens.contiguous()
         table = core.embed_tokens.weight.contiguous()
         z_H = torch.empty(plan.num_tokens, table.shape[1])
